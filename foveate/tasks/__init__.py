@@ -1,0 +1,48 @@
+"""Tasks: deterministic lists of questions about images, with the rule that scores an answer."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from foveate.tasks.example import Example, Task
+
+__all__ = ["Example", "Task", "names", "task"]
+
+
+def names() -> tuple[str, ...]:
+    """Every task that ``task`` knows."""
+    photos = ("flickr8k-yesno", "flickr8k-yesno-popular", "flickr8k-yesno-adversarial")
+    scenes = ("scenes-where", "scenes-count", "scenes-words")
+    return (*photos, "flickr8k-choice", "easyvqa", *scenes)
+
+
+def task(
+    name: str,
+    *,
+    data: str | Path | None = None,
+    split: str = "validation",
+    seed: int = 0,
+    limit: int | None = None,
+) -> Task:
+    """The task of that name. ``data`` is a folder of photos, for the tasks that need one."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
+        raise ValueError(
+            f"no task {name!r}; did you mean {near!r}? Tasks: {', '.join(names())}"
+        )
+    if name == "easyvqa":
+        from foveate.tasks.easyvqa import EasyVQA
+
+        return EasyVQA(split=split, seed=seed, limit=limit)
+    if name.startswith("scenes-"):
+        from foveate.tasks.scenes import Scenes
+
+        return Scenes(name.removeprefix("scenes-"), split, seed, limit)
+    from foveate.tasks.flickr8k import Choice, YesNo
+    from foveate.tasks.photos import photos
+
+    if name == "flickr8k-choice":
+        return Choice(photos(data, split), seed, limit)
+    negatives = name.removeprefix("flickr8k-yesno").removeprefix("-") or "random"
+    return YesNo(photos(data, split), negatives, seed, limit)
