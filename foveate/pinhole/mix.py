@@ -1,0 +1,264 @@
+"""What pinhole is trained on: rows of packed questions about photos, shapes and drawn scenes.
+
+Yes and no are balanced for every thing asked about, in expectation over photos: a thing's negatives are
+sampled exactly as often as its positives, half of them from photos where it would be likely.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from foveate.pinhole.assembly import IMAGE_TOKEN, IMAGE_TOKENS
+from foveate.tasks import easyvqa, scenes
+from foveate.tasks.flickr8k import CAPTION_QUESTION, Labels, question
+from foveate.tasks.lexicon import Thing, things, words
+from foveate.tasks.photos import Photos, sentence
+
+Array = NDArray[Any]
+
+HEADER = "<|im_start|>user\n"
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>"
+CAPTION_ASKS = (
+    CAPTION_QUESTION,
+    CAPTION_QUESTION,
+    "Describe this image.",
+    "What is happening in the image?",
+    "Write a caption for the image.",
+    "What does the image show?",
+)
+OPEN_ASKS = ("What is in the image?", "What can you see in the image?", "What do you see?")
+RANKED = 4
+TEXT = 252
+END_WEIGHT, CAPTION_WEIGHT, WORD_WEIGHT = 0.3, 0.3, 2.0
+SHARES = {"photo": 0.45, "words": 0.24, "shapes": 0.16, "easy": 0.15}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One question and answer; ``weight`` of each answer token in the loss."""
+
+    question: str
+    answer: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training row before it is laid out. ``pixels``: drawn image, else ``index`` names a stored one."""
+
+    source: str
+    segments: list[Segment]
+    index: int = -1
+    pixels: Array | None = None
+    flip: bool = False
+    ranked: tuple[int, ...] = ()
+
+
+class Writer:
+    """Text to token ids, and segments to fixed-length arrays."""
+
+    def __init__(self, tokenizer_json: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        self.ids = lru_cache(50_000)(self._ids)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def prefix(self) -> tuple[tuple[int, ...], int]:
+        """Token ids before any question, and where the image begins among them."""
+        head = self.ids(HEADER)
+        image = self.ids(IMAGE_TOKEN) * IMAGE_TOKENS
+        return head + image + self.ids("\n"), len(head)
+
+    def lay(self, segments: Sequence[Segment], length: int = TEXT) -> dict[str, Array]:
+        """(S,) arrays text, segment, position, target, weight; segments that do not fit are left out."""
+        out = {n: np.zeros(length, np.int64) for n in ("text", "position")}
+        out |= {n: np.full(length, v, np.int64) for n, v in (("segment", -1), ("target", -100))}
+        out["weight"] = np.zeros(length, np.float32)
+        start = len(self.prefix[0])
+        at = 0
+        for number, one in enumerate(segments):
+            asked, answer = self.ids(one.question + TURN), self.ids(one.answer + END)
+            ids = asked + answer[:-1]
+            if at + len(ids) > length:
+                continue
+            here = slice(at, at + len(ids))
+            out["text"][here], out["segment"][here] = ids, number
+            out["position"][here] = np.arange(start, start + len(ids))
+            said = slice(at + len(asked) - 1, at + len(ids))
+            out["target"][said] = answer
+            out["weight"][said] = one.weight
+            out["weight"][at + len(ids) - 1] = min(END_WEIGHT, one.weight)
+            at += len(ids)
+        return out
+
+
+class PhotoRows:
+    """Rows about captioned photos."""
+
+    def __init__(self, photos: Photos) -> None:
+        self.captions = [c for _, c in photos.rows]
+        table = np.array(Labels.of(self.captions).table)
+        self.shown = table == 1
+        self.yes, self.no = _rates(table)
+
+    def row(self, rng: random.Random) -> Row:
+        i = rng.randrange(len(self.captions))
+        captions = self.captions[i]
+        told = rng.sample(captions, min(2, len(captions)))
+        ranked = [Segment(CAPTION_QUESTION, sentence(rng.choice(captions)), CAPTION_WEIGHT)]
+        for _ in range(RANKED - 1):
+            other = self.captions[_other(rng, i, len(self.captions))]
+            ranked.append(Segment(CAPTION_QUESTION, sentence(rng.choice(other)), 0.0))
+        rest = [Segment(rng.choice(CAPTION_ASKS), sentence(c), CAPTION_WEIGHT) for c in told]
+        asked = self._yes_no(i, rng)
+        seen = [things()[t].phrase for t in np.flatnonzero(self.shown[i])]
+        if seen and rng.random() < 0.25:
+            rng.shuffle(seen)
+            rest.append(Segment(rng.choice(OPEN_ASKS), _listed(seen[:5]), CAPTION_WEIGHT))
+        sided = any(words(c) & {"left", "right"} for c in captions)
+        flip = not sided and rng.random() < 0.5
+        order = (*range(RANKED),)
+        return Row("photo", ranked + asked + rest, i, flip=flip, ranked=order)
+
+    def _yes_no(self, i: int, rng: random.Random) -> list[Segment]:
+        draw = np.array([rng.random() for _ in range(self.yes.shape[1])])
+        found = [(t, "yes") for t in np.flatnonzero(draw < self.yes[i])]
+        found += [(t, "no") for t in np.flatnonzero(draw < self.no[i])]
+        rng.shuffle(found)
+        return [Segment(_ask(things()[t], rng), answer) for t, answer in found[:9]]
+
+
+def _ask(thing: Thing, rng: random.Random) -> str:
+    if rng.random() < 0.7:
+        return question(thing)
+    forms = (
+        f"{thing.verb} there {thing.phrase} in this picture?",
+        f"Can you see {thing.phrase}?",
+        f"Does the image show {thing.phrase}?",
+    )
+    return rng.choice(forms)
+
+
+def _rates(table: Array) -> tuple[Array, Array]:
+    """Chance that (photo, thing) is asked with yes and with no: two (photos, things) arrays."""
+    shown, absent = table == 1, table == 0
+    counts, gaps = shown.sum(0), absent.sum(0)
+    keep = np.minimum(np.sqrt(np.minimum(1.0, 1000 / np.maximum(counts, 1))), gaps / np.maximum(counts, 1))
+    joint = shown.T.astype(float) @ shown
+    chance = joint / np.maximum(np.diag(joint), 5)[:, None]
+    likely = np.where(absent, (shown[:, :, None] * chance[None]).max(1) + 0.01, 0.0)
+    wanted = keep * counts
+    no = 0.5 * absent * wanted / np.maximum(gaps, 1)
+    no += 0.5 * likely * wanted / np.maximum(likely.sum(0), 1e-9)
+    for _ in range(5):
+        no = np.minimum(no * wanted / np.maximum(no.sum(0), 1e-9), 1.0)
+    return shown * keep, no
+
+
+def _other(rng: random.Random, i: int, n: int) -> int:
+    j = rng.randrange(n - 1)
+    return j + (j >= i)
+
+
+def _listed(names: list[str]) -> str:
+    """a dog / a dog and grass / a dog, grass and a ball."""
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
+
+
+class EasyRows:
+    """Rows about easy-vqa images: all of an image's questions at once."""
+
+    def __init__(self, data: Path | None = None) -> None:
+        self.task = easyvqa.EasyVQA(data, split="train")
+        self.by_image: dict[int, list[Segment]] = {}
+        for text, answer, number in self.task.rows:
+            segment = Segment(easyvqa.sentence(text), answer)
+            self.by_image.setdefault(number, []).append(segment)
+        self.numbers = sorted(self.by_image)
+
+    def row(self, rng: random.Random) -> Row:
+        place = rng.randrange(len(self.numbers))
+        segments = list(self.by_image[self.numbers[place]])
+        rng.shuffle(segments)
+        return Row("easy", segments, place)
+
+
+def scene_row(kind: str, rng: random.Random, backgrounds: Sequence[Image.Image]) -> Row:
+    """A drawn image with every question about it."""
+    drawn = kind if kind == "words" else rng.choice(("where", "count"))
+    scene = scenes.draw(drawn, rng, backgrounds, many=True)
+    weight = WORD_WEIGHT if kind == "words" else 1.0
+    segments = [Segment(q.text, q.answer, weight) for q in scene.questions]
+    pixels = np.asarray(scene.image).transpose(2, 0, 1)
+    return Row(kind, segments, pixels=np.ascontiguousarray(pixels))
+
+
+@dataclass
+class Mix:
+    """Endless batches of laid-out rows, made by worker processes.
+
+    ``progress`` (0 to 1) is shared: what is learned quickly is shown less as training goes on.
+    """
+
+    photos: PhotoRows
+    easy: EasyRows
+    backgrounds: list[Image.Image]
+    tokenizer_json: Path
+    batch: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.progress = multiprocessing.Value("d", 0.0)
+
+    def shares(self) -> dict[str, float]:
+        """The current share of each source."""
+        done = float(self.progress.value)
+        easy = SHARES["easy"] * (1 - 0.6 * min(1.0, done / 0.4))
+        freed = SHARES["easy"] - easy
+        extra = {"photo": 0.4 * freed, "words": 0.4 * freed, "shapes": 0.2 * freed}
+        return {k: easy if k == "easy" else v + extra[k] for k, v in SHARES.items()}
+
+    def batches(self, worker: int) -> Iterator[dict[str, Array]]:
+        rng = random.Random(f"{self.seed} train {worker}")
+        writer = Writer(self.tokenizer_json)
+        while True:
+            shares = self.shares()
+            kinds = rng.choices(list(shares), list(shares.values()), k=self.batch)
+            yield _collate([self._row(kind, rng) for kind in kinds], writer)
+
+    def _row(self, kind: str, rng: random.Random) -> Row:
+        if kind == "photo":
+            return self.photos.row(rng)
+        if kind == "easy":
+            return self.easy.row(rng)
+        return scene_row(kind, rng, self.backgrounds)
+
+
+def _collate(rows: list[Row], writer: Writer) -> dict[str, Array]:
+    """Rows sorted by source (photos, easy, drawn) into one batch of arrays."""
+    order = {"photo": 0, "easy": 1}
+    rows = sorted(rows, key=lambda r: order.get(r.source, 2))
+    laid = [writer.lay(r.segments) for r in rows]
+    batch = {k: np.stack([one[k] for one in laid]) for k in laid[0]}
+    for name in ("photo", "easy"):
+        batch[name] = np.array([r.index for r in rows if r.source == name], np.int64)
+    batch["flip"] = np.array([r.flip for r in rows if r.source == "photo"], bool)
+    drawn = [r.pixels for r in rows if r.pixels is not None]
+    batch["drawn"] = np.stack(drawn) if drawn else np.zeros((0, 3, 336, 336), np.uint8)
+    batch["ranked"] = np.array([r.ranked or (-1,) * RANKED for r in rows], np.int64)
+    return batch
