@@ -1,0 +1,52 @@
+"""Rows: picking vectors by slot, and the reductions that change nothing or leave nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveate.reducer import Reduction, Tokens
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """``x[b, index[b, i]]``: (B, N, D) and (B, K) to (B, K, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def slots(x: Tensor) -> Tensor:
+    """The slots 0..N-1 of each group of ``x`` (B, N, …): (B, N) long."""
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+
+def full(size: int, count: int) -> Tensor:
+    """``count`` for each of ``size`` groups, as ``Reduction.count`` wants it: (size,) on the CPU."""
+    return torch.full((size,), count, dtype=torch.long)
+
+
+def unchanged(tokens: Tokens) -> Reduction:
+    """All tokens as they are."""
+    groups, size = tokens.x.shape[:2]
+    return Reduction(keep=slots(tokens.x), count=full(groups, size))
+
+
+def nothing(tokens: Tokens) -> Reduction:
+    """No survivor at all."""
+    return Reduction(keep=slots(tokens.x)[:, :0], count=full(tokens.x.shape[0], 0))
+
+
+def one_budget(name: str, budget: Sequence[int] | None) -> int:
+    """The budget that all groups share, for methods that work on rectangular batches.
+
+    Raises:
+        ValueError: when there is none, or groups differ.
+    """
+    if budget is None:
+        raise ValueError(f"{name} needs a budget; it cannot choose its own count.")
+    if len(set(budget)) != 1:
+        raise ValueError(
+            f"{name} was given the budgets {sorted(set(budget))}; it takes groups of one size and one "
+            "budget. Call it once for each distinct budget."
+        )
+    return budget[0]

@@ -1,0 +1,453 @@
+"""One prompt on its way through the text model: which rows are left, and moving them.
+
+Rows are re-packed flush right, so that the last row of a sample stays its last text token; samples may
+keep different numbers of rows. What has to be known of an earlier prompt lives on its cache
+(:class:`Request`), what has to be known during one forward lives here, nothing lives on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from foveate.adapter import Seen
+from foveate.recipe import Recipe
+from foveate.reducer import Reducer, Reduction, Tokens
+from foveate.report import Report
+
+
+@dataclass
+class Request:
+    """What later forwards on the same cache must know. Lives on the cache object.
+
+    Attributes:
+        cuts: the recipe's boundaries, which divide the layers into segments.
+        masks: per segment, ``(B, rows in the cache)`` bool, or None when nobody is padded.
+        hidden: rows that the entrance dropped, padding included: what ``get_seq_length`` of the
+            shortened cache lacks.
+        shift: ``(B, 1)``, what position ids of the caller are ahead of compact ones; None if kept.
+    """
+
+    cuts: tuple[int, ...]
+    masks: list[Tensor | None]
+    hidden: int = 0
+    shift: Tensor | None = None
+
+    def live_on(self, cache: Cache) -> None:
+        """Put this on the cache that later forwards will bring."""
+        vars(cache)["foveate_request"] = self
+        if self.hidden:
+            vars(cache)["get_seq_length"] = _SeenLength(cache, self)
+
+
+class _SeenLength:
+    """``cache.get_seq_length`` of a cache whose entrance was reduced: prompt tokens seen so far.
+
+    Callers use it to slice the next input and to number positions, so it must speak of the whole
+    prompt. Layers other than 0 tell their own length.
+    """
+
+    def __init__(self, cache: Cache, request: Request) -> None:
+        self._cache, self._request = cache, request
+
+    def __call__(self, layer_idx: int = 0) -> Any:
+        length = type(self._cache).get_seq_length(self._cache, layer_idx)
+        return length + self._request.hidden if layer_idx == 0 else length
+
+
+def request_of(cache: Any) -> Request | None:
+    """The request that lives on a cache, unless the cache was emptied since."""
+    request = cast("Request | None", getattr(cache, "foveate_request", None))
+    if request is None or not int(cache.layers[0].get_seq_length()):
+        return None
+    return request
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the host knows of a prompt's rows, each ``(B, L)`` bool on the CPU.
+
+    One copy from the device when the prompt arrives; everything later is counted from it.
+    """
+
+    valid: Tensor
+    vision: Tensor
+
+    @property
+    def instruction(self) -> list[int]:
+        """Text rows after each sample's last vision token."""
+        after = self.vision.flip(-1).long().cumsum(-1).flip(-1) == 0
+        return [int(n) for n in (after & self.valid).sum(-1)]
+
+
+@dataclass
+class Pass:
+    """The rows of one forward, layer by layer.
+
+    Attributes:
+        rows: rows now, padding included.
+        valid: ``(B, rows)`` bool on the device, or None when nobody is padded.
+        text: ``(B, rows)`` bool, text rows.
+        vision: ``(B, rows)`` bool, vision rows.
+        place: ``(B, rows)``, each row's position in the prompt as it came.
+        lengths, alive, original: per sample, real rows, vision rows, and vision rows at first.
+        segments: what the layers of each segment get instead of the model's own arguments.
+    """
+
+    recipe: Recipe
+    report: Report
+    config: Any
+    cache: Cache | None
+    device: torch.device
+    rows: int
+    valid: Tensor | None
+    text: Tensor
+    vision: Tensor
+    place: Tensor
+    lengths: list[int]
+    alive: list[int]
+    original: list[int]
+    instruction: list[int]
+    past: list[Any]
+    old: Request | None
+    old_masks: list[Tensor | None]
+    flush: bool
+    hidden: int = 0
+    gone: list[int] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+    seen: dict[int, Seen] = field(default_factory=dict)
+    segment: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls,
+        recipe: Recipe,
+        report: Report,
+        config: Any,
+        cache: Cache | None,
+        flags: Flags,
+        past: list[Any],
+        old: Request | None,
+        old_masks: list[Tensor | None],
+        kwargs: Mapping[str, Any],
+    ) -> Pass:
+        """The rows as they come, before any reduction; ``kwargs`` are the text model's."""
+        embeds: Tensor = kwargs["inputs_embeds"]
+        device, (batch, length) = embeds.device, embeds.shape[:2]
+        vision = flags.vision.to(device, non_blocking=True)
+        valid = None if bool(flags.valid.all()) else flags.valid.to(device, non_blocking=True)
+        counts, lengths = flags.vision.sum(-1).tolist(), flags.valid.sum(-1).tolist()
+        report.vision.extend(counts)
+        report.dense_rows.extend(lengths)
+        return cls(
+            recipe=recipe,
+            report=report,
+            config=config,
+            cache=cache,
+            device=device,
+            rows=length,
+            valid=valid,
+            text=~vision if valid is None else valid & ~vision,
+            vision=vision,
+            place=torch.arange(length, device=device).expand(batch, -1),
+            lengths=lengths,
+            alive=counts,
+            original=list(counts),
+            instruction=flags.instruction,
+            past=past,
+            old=old,
+            old_masks=old_masks,
+            flush=bool((flags.valid.int().diff(dim=-1) >= 0).all()),
+        )
+
+    def enter(
+        self, kwargs: dict[str, Any], stay: Tensor, alive: list[int], compact: bool
+    ) -> dict[str, Any]:
+        """Boundary 0: the text model's arguments with only the rows of ``stay`` (B, rows)."""
+        before, real, positions = list(self.alive), self.text | self.vision, kwargs.get("position_ids")
+        embeds: Tensor = kwargs["inputs_embeds"]
+        later = self.old is not None or bool(int(self.past[0]))
+        if alive == before and self.flush:
+            if not later:
+                self.keys(0)
+                return kwargs
+            positions = shifted(positions, self.old, kwargs)
+        else:
+            self.hidden = self.rows
+            order = self.drop(stay, alive)
+            self.hidden -= self.rows
+            embeds = take(embeds, order)
+            if self.valid is not None:  # padding now stands on dropped rows, and those are NaN
+                embeds = embeds.masked_fill(~self.valid[..., None], 0.0)
+            if compact:
+                self.gone = [a - b for a, b in zip(before, alive, strict=True)]
+                positions = self._numbered_from(shifted(positions, self.old, kwargs), real)
+            elif positions is not None:
+                positions = self._gathered(positions, order)
+        mask: Any = self.keys(0)
+        if later:
+            mask = causal_mask(
+                self.config, self.cache, mask, self.rows, self.past[0], len(before), embeds
+            )
+        return {**kwargs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
+
+    def _numbers(self) -> Tensor:
+        """0, 1, 2, … over the real rows of each sample, (B, rows)."""
+        if self.valid is None:
+            return torch.arange(self.rows, device=self.device).expand(len(self.lengths), -1)
+        return (self.valid.long().cumsum(-1) - 1).clamp(min=0)
+
+    def _numbered_from(self, positions: Tensor | None, real: Tensor) -> Tensor | None:
+        """Compact position ids that start where the caller's do; ``real`` are the rows it had."""
+        if positions is None:
+            return None
+        far = torch.iinfo(positions.dtype).max
+        return self._numbers() + positions.masked_fill(~real, far).amin(-1, keepdim=True)
+
+    def _gathered(self, positions: Tensor, order: Tensor) -> Tensor:
+        """Position ids ``(…, B, rows)`` of the rows left, as they were."""
+        parts = positions[None] if positions.ndim == 2 else positions
+        kept = torch.stack([take(p[..., None], order)[..., 0] for p in parts])
+        if len(parts) == 4:  # the first only finds packed sequences, and gaps would look like some
+            kept[0] = self._numbers()
+        return kept[0] if positions.ndim == 2 else kept
+
+    def drop(self, keep: Tensor, alive: Sequence[int]) -> Tensor:
+        """Leave only the rows of ``keep`` (B, rows) bool; ``alive`` are the vision rows then left.
+
+        Returns:
+            ``(B, new rows)``, the old row of every new one.
+        """
+        lengths = [n - a + b for n, a, b in zip(self.lengths, self.alive, alive, strict=True)]
+        width = max(lengths)
+        order = keep.to(torch.uint8).argsort(dim=-1, stable=True)[:, self.rows - width :]
+        self.text, self.vision = self.text.gather(1, order), self.vision.gather(1, order)
+        self.place = self.place.gather(1, order)
+        self.valid = None
+        if min(lengths) < width:
+            padding = torch.tensor([width - n for n in lengths]).to(self.device, non_blocking=True)
+            self.valid = torch.arange(width, device=self.device) >= padding[:, None]
+            self.text, self.vision = self.text & self.valid, self.vision & self.valid
+        self.rows, self.lengths, self.alive = width, lengths, list(alive)
+        return order
+
+    def record(self, layers: int) -> None:
+        """Write the rows of the next ``layers`` layers into the report."""
+        place, valid = self.place, self.valid
+
+        def slots() -> list[Tensor]:
+            if valid is None:
+                return list(place.cpu().unbind(0))
+            return [p[v] for p, v in zip(place.cpu(), valid.cpu(), strict=True)]
+
+        for _ in range(layers):
+            self.report.alive.append(list(self.alive))
+            self.report.rows.append(list(self.lengths))
+            self.report._slots.append(slots)
+
+    def keys(self, part: int) -> Tensor | None:
+        """The key mask of segment ``part``, kept for the request."""
+        past, batch = self.past[part], len(self.lengths)
+        self.masks.append(joined(self.old_masks[part], self.valid, past, self.rows, batch, self.device))
+        return self.masks[-1]
+
+    def tokens(self, hidden: Tensor, layer: int) -> Tokens:
+        """The vision tokens before ``layer``, with what layer - 1 attended to."""
+        width = max(self.alive)
+        at = (~self.vision).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+        valid = self.vision.gather(1, at)
+        seen = self.seen.pop(layer - 1, None)
+        x = take(hidden, at)
+        if seen is None:
+            return Tokens(x=x, valid=valid)
+        every = torch.ones_like(self.text) if self.valid is None else self.valid
+        last = int(self.past[segment(self.recipe, layer - 1)])
+        return Tokens(
+            x=x,
+            valid=valid,
+            q=seen.q,
+            k=seen.k[:, :, last : last + self.rows],
+            at=at.masked_fill(~valid, 0),
+            rows=every,
+            scale=seen.scale,
+            causal=True,
+            instruction=tuple(self.instruction),
+        )
+
+    def cut(self, hidden: Tensor, layer: int) -> Tensor:
+        """Reduce the vision rows of ``hidden`` (B, rows, D) as the schedule says before ``layer``."""
+        schedule, method = self.recipe.schedule, cast(Reducer, self.recipe.layers)
+        wanted = [
+            min(now, schedule.count(layer, n))
+            for now, n in zip(self.alive, self.original, strict=True)
+        ]
+        if wanted != self.alive:
+            with self.report.clock(self.device):
+                reduction = apply(method, self.tokens(hidden, layer), self.alive, wanted)
+                hidden = self._leave(hidden, reduction, wanted)
+        part, batch = segment(self.recipe, layer), len(self.lengths)
+        self.segment["attention_mask"] = causal_mask(
+            self.config, self.cache, self.keys(part), self.rows, self.past[part], batch, hidden
+        )
+        last = next((c for c in schedule.cuts() if c > layer), len(schedule.alive))
+        self.record(last - layer)
+        return hidden
+
+    def _leave(self, hidden: Tensor, made: Reduction, wanted: list[int]) -> Tensor:
+        at = (~self.vision).to(torch.uint8).argsort(dim=-1, stable=True)
+        kept = at.gather(1, made.keep)
+        if made.x is not None:
+            spot = kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            hidden = hidden.scatter(1, spot, made.x.to(hidden.dtype))
+        if min(wanted) < max(wanted):  # ragged: padding of `keep` points past the end
+            over = torch.arange(kept.shape[1]) >= torch.tensor(wanted)[:, None]
+            kept = kept.masked_fill(over.to(self.device, non_blocking=True), self.rows)
+        stay = nn_pad(self.text).scatter(1, kept, True)[:, : self.rows]
+        order = self.drop(stay, wanted)
+        cos, sin = self.segment["position_embeddings"]
+        self.segment["position_embeddings"] = (take(cos, order), take(sin, order))
+        # Layers use position ids only to find packed sequences; gaps would look like some.
+        self.segment["position_ids"] = torch.arange(self.rows, device=self.device)[None]
+        return take(hidden, order)
+
+    def request(self) -> Request | None:
+        """What later forwards on this cache must know."""
+        old_hidden = self.old.hidden if self.old else 0
+        old_shift = self.old.shift if self.old else None
+        shift = old_shift
+        if any(self.gone):
+            gone = torch.tensor(self.gone, device=self.device)[:, None]
+            shift = gone if old_shift is None else gone + old_shift
+        return Request(self.recipe.schedule.cuts(), self.masks, old_hidden + self.hidden, shift)
+
+
+def nn_pad(flags: Tensor) -> Tensor:
+    """``(B, L)`` with one more column of False, where writes to nowhere go."""
+    return torch.nn.functional.pad(flags, (0, 1))
+
+
+def take(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows ``order`` (B, K) of ``rows`` (B or 1, L, …): one gather."""
+    batch, length = order.shape[0], rows.shape[1]
+    if batch == 1:
+        return rows.index_select(1, order[0])
+    if rows.shape[0] == 1:
+        return rows[0].index_select(0, order.flatten()).unflatten(0, order.shape)
+    start = torch.arange(batch, device=order.device)[:, None] * length
+    return rows.flatten(0, 1).index_select(0, (order + start).flatten()).unflatten(0, order.shape)
+
+
+def segment(recipe: Recipe, layer: int) -> int:
+    """The number of cuts up to and before ``layer``."""
+    return sum(cut <= layer for cut in recipe.schedule.cuts())
+
+
+def apply(method: Reducer, tokens: Tokens, alive: Sequence[int], wanted: Sequence[int]) -> Reduction:
+    """One call where the method takes ragged groups, else one for each distinct size and budget."""
+    if not any(wanted):
+        nothing = torch.zeros(len(alive), 0, dtype=torch.long, device=tokens.x.device)
+        return Reduction(keep=nothing, count=torch.zeros(len(alive), dtype=torch.long))
+    if method.ragged or (len(set(alive)) == 1 and len(set(wanted)) == 1):
+        return method.reduce(tokens, wanted)
+    parts: dict[tuple[int, int], list[int]] = {}
+    for b, shape in enumerate(zip(alive, wanted, strict=True)):
+        parts.setdefault(shape, []).append(b)
+    keep = torch.zeros(len(alive), max(wanted), dtype=torch.long, device=tokens.x.device)
+    x: Tensor | None = None
+    for (size, budget), members in parts.items():
+        made = method.reduce(_members(tokens, members, size), [budget] * len(members))
+        keep[members, :budget] = made.keep
+        if made.x is not None:
+            x = tokens.x.new_zeros(*keep.shape, tokens.x.shape[-1]) if x is None else x
+            x = x.index_put((torch.tensor(members)[:, None], torch.arange(budget)), made.x)
+    return Reduction(keep=keep, count=torch.tensor(list(wanted)), x=x)
+
+
+def _members(tokens: Tokens, members: Sequence[int], size: int) -> Tokens:
+    def some(rows: Tensor | None, width: int | None = None) -> Tensor | None:
+        return None if rows is None else rows[list(members)][:, :width]
+
+    return Tokens(
+        x=cast(Tensor, some(tokens.x, size)),
+        valid=cast(Tensor, some(tokens.valid, size)),
+        q=some(tokens.q),
+        k=some(tokens.k),
+        at=some(tokens.at, size),
+        rows=some(tokens.rows),
+        scale=tokens.scale,
+        causal=tokens.causal,
+        instruction=tokens.instruction and tuple(tokens.instruction[m] for m in members),
+    )
+
+
+def joined(
+    old: Tensor | None, new: Tensor | None, past: Any, rows: int, batch: int, device: torch.device
+) -> Tensor | None:
+    """Key mask ``(B, past + rows)`` of a segment, or None when nobody is padded."""
+    if old is None and new is None:
+        return None
+    past = int(past)
+    before = torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old[:, :past]
+    now = torch.ones(batch, rows, dtype=torch.bool, device=device) if new is None else new
+    return torch.cat([before, now], dim=-1)
+
+
+def causal_mask(
+    config: Any, cache: Any, keys: Tensor | None, rows: int, past: Any, batch: int, like: Tensor
+) -> Any:
+    """A causal mask for ``rows`` new rows after ``past`` cached ones, ``keys`` (B, past + rows).
+
+    As ``create_causal_mask`` makes it, but sized by the segment instead of by layer 0.
+    """
+    static = cache is not None and cache.is_compileable
+    length = cache.get_max_length(0) if static else past + rows
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=batch,
+        q_length=rows,
+        kv_length=length,
+        q_offset=past,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=keys,
+        allow_is_causal_skip=not (static and rows == 1),
+        dtype=like.dtype,
+        config=config,
+        use_vmap=False,
+        device=like.device,
+    )
+
+
+def shifted(positions: Tensor | None, old: Request | None, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The caller's position ids in the numbers of a shortened conversation."""
+    if old is None or old.shift is None:
+        return positions
+    if positions is None:
+        rows, start = kwargs["inputs_embeds"].shape[1], kwargs["past_key_values"].get_seq_length()
+        positions = (torch.arange(rows, device=old.shift.device) + start)[None]
+    return positions - old.shift
+
+
+def two_d(mask: Any, rows: int, past: int) -> Tensor | None:
+    """Which of the ``rows`` newest rows are real, ``(B, rows)`` bool, from whatever mask came.
+
+    A static cache brings the 4-D mask ready made: what its last query sees is the padding mask.
+    """
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise ValueError(
+            f"foveate takes a 2-D attention_mask (batch, rows), not a {type(mask).__name__}; pass the "
+            "one that the processor made."
+        )
+    if mask.ndim == 2:
+        return mask[:, -rows:].bool()
+    last = mask[:, 0, -1, past : past + rows]
+    return last if last.dtype == torch.bool else last == 0

@@ -1,0 +1,345 @@
+"""Sessions: getting a recipe into a model and out again. The only code that touches a model.
+
+Pre-hooks move rows, the attention interface watches, nothing is copied or replaced. Everything is gone
+after :func:`detach` or the end of the ``with`` block, also after an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapter import Adapter, Seen, family, text_shape
+from foveate.entrance import Entrance
+from foveate.prompt import (
+    Flags,
+    Pass,
+    Request,
+    causal_mask,
+    joined,
+    request_of,
+    segment,
+    shifted,
+    two_d,
+)
+from foveate.recipe import Recipe
+from foveate.report import Report
+from foveate.watch import Watch
+
+_INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@contextmanager
+def reduced(model: nn.Module, recipe: Recipe) -> Iterator[Report]:
+    """Run ``model`` with ``recipe`` inside the block: ``with reduced(model, recipe) as report: …``.
+
+    Args:
+        model: a Hugging Face multimodal model, as loaded.
+        recipe: what to do; see :func:`foveate.recipe`.
+
+    Yields:
+        The report of the last prompt, filled as prompts go through.
+
+    Raises:
+        ValueError: for a model type that foveate does not know, a recipe for another depth or model,
+            or a model that already has one attached.
+    """
+    report = attach(model, recipe)
+    try:
+        yield report
+    finally:
+        detach(model)
+
+
+def attach(model: nn.Module, recipe: Recipe) -> Report:
+    """The persistent form of :func:`reduced`: stays until :func:`detach`."""
+    if session_of(model) is not None:
+        raise ValueError("This model already has a recipe attached; call foveate.detach(model) first.")
+    session = Session(model, recipe)
+    cast(Any, model).foveate_session = session
+    return session.report
+
+
+def detach(model: nn.Module) -> None:
+    """Leave the model as it was before :func:`attach`.
+
+    Raises:
+        ValueError: when nothing is attached.
+    """
+    session = session_of(model)
+    if session is None:
+        raise ValueError("This model has no recipe attached; foveate.attach(model, recipe) does that.")
+    session.close()
+    del cast(Any, model).foveate_session
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session attached to a model."""
+    return cast("Session | None", vars(model).get("foveate_session"))
+
+
+@dataclass
+class _Frame:
+    """One forward of the multimodal model: what its parts tell each other."""
+
+    flags: Flags | None = None
+    where: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, list[tuple[int, int]] | None] = field(default_factory=dict)
+    rows: Pass | None = None
+    masks: list[Any] | None = None
+
+
+class Session:
+    """A recipe in a model. Holds hooks and nothing of any prompt; that is in a ContextVar."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.adapter: Adapter = family(model)
+        self.model, self.text = model, self.adapter.text(model)
+        self.shape = text_shape(self.text)
+        config = cast(Any, model.config)
+        self.recipe = recipe.resolve(self.shape.layers, config.model_type)
+        self.recipe._check_reducers()
+        self.report = Report(self.shape)
+        self._frame: ContextVar[_Frame | None] = ContextVar("foveate_frame", default=None)
+        self._undo: list[Callable[[], None]] = []
+        self._entrance: Entrance | None = None
+        self._reducing = bool(self.recipe.schedule.cuts())
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Undo everything, last first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _open(self) -> None:
+        base, text, schedule = self.adapter.base(self.model), self.text, self.recipe.schedule
+        watched: list[tuple[nn.Module, Callable[[Seen], None]]] = []
+        if schedule.adaptive or schedule.alive[0] < 1.0:
+            self._reducing = True
+            self._entrance = Entrance(self.model, self.adapter, self.recipe, self.report, self._encoded)
+            self._undo.append(self._entrance.remove)
+            if cast(Any, self.recipe.entrance).needs_attention:
+                watched.append((self.adapter.vision_attention(self.model), self._entrance.show))
+        layers = list(cast(nn.ModuleList, text.layers))
+        if schedule.cuts() and cast(Any, self.recipe.layers).needs_attention:
+            watched += [
+                (cast(nn.Module, layers[cut - 1].self_attn), partial(self._show, cut - 1))
+                for cut in schedule.cuts()
+            ]
+        self._undo.append(Watch(watched).remove)
+        self._hook(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
+        self._hook(base.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._hook(base.register_forward_hook(self._leave, always_call=True))
+        self._hook(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
+        self._hook(text.register_forward_hook(self._after_text))
+        for cut in schedule.cuts()[:1]:
+            for index, layer in enumerate(layers[cut:], start=cut):
+                before = partial(self._before_layer, index)
+                self._hook(layer.register_forward_pre_hook(before, with_kwargs=True))
+        self._refuse_chunks()
+
+    def _hook(self, handle: Any) -> None:
+        self._undo.append(handle.remove)
+
+    # What is refused
+
+    def _refuse_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None and self._reducing:
+            raise ValueError(
+                "labels were given, but logits of a reduced prompt are shorter than the labels. "
+                "Compute the loss yourself from the last logits, or detach the recipe to train."
+            )
+
+    def _refuse_chunks(self) -> None:
+        model = cast(Any, self.model)
+        original = model._prefill
+
+        def checked(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+            if generation_config.prefill_chunk_size is not None:
+                raise ValueError(
+                    f"prefill_chunk_size={generation_config.prefill_chunk_size} splits the image over "
+                    "several forwards, and a reduced prompt must see it whole. Leave it None."
+                )
+            return original(input_ids, generation_config, *args, **kwargs)
+
+        model._prefill = checked
+        self._undo.append(lambda: delattr(model, "_prefill"))
+
+    def _refuse_windows(self, rows: int) -> None:
+        config = cast(Any, self.text.config)
+        window = getattr(config, "sliding_window", None)
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        if sliding and window is not None and window < rows:
+            raise ValueError(
+                f"This model has sliding-window layers of {window} rows and the prompt has {rows}; "
+                "after a cut a window would mean other rows. Use a shorter prompt or a recipe with "
+                "entrance methods only on a prompt within the window."
+            )
+
+    # One forward of the multimodal model
+
+    def _encoded(self, modality: str, sizes: list[tuple[int, int]]) -> None:
+        if (frame := self._frame.get()) is not None:
+            frame.kept[modality] = sizes
+
+    def _show(self, layer: int, seen: Seen) -> None:
+        frame = self._frame.get()
+        if frame is not None and frame.rows is not None:
+            frame.rows.seen[layer] = seen
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frame = _Frame()
+        self._frame.set(frame)
+        outputs = kwargs.get("mm_encoder_outputs") or {}
+        given = [m for m, name in _INPUTS.items() if kwargs.get(name) is not None or outputs.get(m)]
+        if not given:
+            return
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError(
+                "inputs_embeds were given without input_ids, and foveate cannot tell which of their "
+                "rows are vision tokens. Pass input_ids and pixel_values."
+            )
+        self._read(frame, ids, kwargs)
+        for modality in given:
+            if self._entrance is not None and outputs.get(modality):
+                frame.kept[modality] = self._entrance.kept(outputs[modality].pooler_output)
+
+    def _read(self, frame: _Frame, ids: Tensor, kwargs: dict[str, Any]) -> None:
+        """Which rows are vision and which padding, on the host: the one copy from the device."""
+        where = {m: ids == number for m, number in self.adapter.placeholders(self.model).items()}
+        past = int(self._past(kwargs.get("past_key_values"))[0])
+        valid = two_d(kwargs.get("attention_mask"), ids.shape[1], past)
+        rows = [torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, *where.values()]
+        host = torch.stack([row.to(ids.device) for row in rows]).cpu()
+        frame.where = dict(zip(where, host[1:], strict=True))
+        vision = host[1:].any(0) & host[0]
+        if bool(vision.any()):
+            frame.flags = Flags(host[0], vision)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._frame.set(None)
+
+    # The text model
+
+    def _before_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        frame = self._frame.get()
+        if frame is None:
+            return None
+        old = request_of(kwargs.get("past_key_values"))
+        if old is not None and old.cuts != self.recipe.schedule.cuts():
+            raise ValueError(
+                "This cache was filled under another recipe; start the conversation anew, or attach "
+                "the recipe that it was started with."
+            )
+        if frame.flags is not None:
+            return args, self._start(frame, frame.flags, old, kwargs)
+        return None if old is None else (args, self._continue(frame, old, kwargs))
+
+    def _start(
+        self, frame: _Frame, flags: Flags, old: Request | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """New rows with vision tokens among them."""
+        cache = kwargs.get("past_key_values")
+        past = self._past(cache)
+        old_masks = self._old_masks(old, past, kwargs)
+        self.report.begin()
+        rows = Pass.begin(self.recipe, self.report, self.text.config, cache, flags, past, old, old_masks, kwargs)
+        if not self._reducing:
+            rows.record(self.shape.layers)
+            return kwargs
+        frame.rows = rows
+        self._refuse_windows(rows.rows)
+        stay, alive = rows.text | rows.vision, rows.alive
+        if self._entrance is not None:
+            stay = stay & ~kwargs["inputs_embeds"][..., 0].isnan()
+            alive = self._alive(frame, stay & rows.vision)
+        with self.report.clock(rows.device):
+            kwargs = rows.enter(kwargs, stay, alive, self.adapter.positions == "compact")
+        rows.record(next(iter(self.recipe.schedule.cuts()), self.shape.layers))
+        return kwargs
+
+    def _alive(self, frame: _Frame, alive: Tensor) -> list[int]:
+        """Vision rows left in each sample, from what the feature calls said, else by counting."""
+        counted = [0] * alive.shape[0]
+        for modality, where in frame.where.items():
+            items = iter(frame.kept.get(modality) or ())
+            for b, slots in enumerate(where.sum(-1).tolist()):
+                while slots > 0:
+                    size, kept = next(items, (slots + 1, 0))
+                    slots, counted[b] = slots - size, counted[b] + kept
+                if slots:
+                    return cast(list[int], alive.sum(-1).tolist())
+        return counted
+
+    def _continue(self, frame: _Frame, old: Request, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Text after a reduced prompt: decoding, or the next turn."""
+        embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
+        batch, rows = embeds.shape[:2]
+        new = None
+        if rows > 1 and (valid := two_d(kwargs.get("attention_mask"), rows, 0)) is not None:
+            new = None if bool(valid.all()) else valid.to(embeds.device)
+        past = self._past(cache)
+        old.masks = [
+            joined(mask, new, length, rows, batch, embeds.device)
+            for mask, length in zip(old.masks, past, strict=True)
+        ]
+        frame.masks = [
+            causal_mask(self.text.config, cache, mask, rows, length, batch, embeds)
+            for mask, length in zip(old.masks, past, strict=True)
+        ]
+        positions = shifted(kwargs.get("position_ids"), old, kwargs)
+        return {**kwargs, "attention_mask": frame.masks[0], "position_ids": positions}
+
+    def _past(self, cache: Any) -> list[Any]:
+        """Rows in the cache, per segment."""
+        starts = (0, *self.recipe.schedule.cuts())
+        held = len(cache.layers) if cache is not None else 0
+        return [cache.layers[s].get_seq_length() if s < held else 0 for s in starts]
+
+    def _old_masks(
+        self, old: Request | None, past: list[Any], kwargs: dict[str, Any]
+    ) -> list[Tensor | None]:
+        """Key masks of the rows in the cache, per segment."""
+        if old is not None:
+            return old.masks
+        mask = kwargs.get("attention_mask")
+        plain = isinstance(mask, Tensor) and mask.ndim == 2 and int(past[0])
+        return [mask[:, : int(past[0])].bool() if plain else None for _ in past]  # type: ignore[index]
+
+    def _before_layer(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        frame = self._frame.get()
+        if frame is None:
+            return None
+        if frame.masks is not None:
+            return args, {**kwargs, "attention_mask": frame.masks[segment(self.recipe, index)]}
+        rows = frame.rows
+        if rows is None:
+            return None
+        if index in self.recipe.schedule.cuts():
+            rows.segment.setdefault("position_embeddings", kwargs["position_embeddings"])
+            args = (rows.cut(args[0], index), *args[1:])
+        return args, {**kwargs, **rows.segment}
+
+    def _after_text(self, module: nn.Module, args: Any, output: Any) -> None:
+        frame = self._frame.get()
+        if frame is None or frame.flags is None:
+            return
+        self.report.finish()
+        if frame.rows is not None and (cache := output.past_key_values) is not None:
+            frame.rows.request().live_on(cache)

@@ -1,0 +1,110 @@
+"""The oracle: dropping rows must equal masking them.
+
+The untouched text model runs on the whole prompt, with every row that the report calls gone hidden by
+a 4-D mask, layer by layer; and with the survivors' vectors where a method blended some.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import foveate
+from foveate.adapter import family
+
+
+@dataclass(frozen=True)
+class Run:
+    """One reduced generation: logits (B, steps, V), tokens (B, steps) and what the report said."""
+
+    logits: Tensor
+    tokens: Tensor
+    slots: list[list[Tensor]]
+    entered: Tensor
+    cache: Any
+
+
+@contextmanager
+def spying(module: Any, store: dict[str, Any]):
+    """Keep the arguments of a module's first call."""
+
+    def hook(_: Any, args: Any, kwargs: Any) -> None:
+        if not store:
+            store.update(kwargs, args=args)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    yield
+    handle.remove()
+
+
+@torch.no_grad()
+def reduced_run(model: Any, recipe: foveate.Recipe, inputs: dict[str, Any], steps: int, **more: Any) -> Run:
+    first: dict[str, Any] = {}
+    layer = family(model).text(model).layers[0]
+    with foveate.reduced(model, recipe) as report, spying(layer, first):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **more,
+        )
+        slots = report.slots
+    tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+    return Run(torch.stack(out.logits, 1), tokens, slots, first["args"][0], out.past_key_values)
+
+
+@torch.no_grad()
+def masked_logits(model: Any, inputs: dict[str, Any], run: Run) -> Tensor:
+    """Logits (B, steps, V) of the masked dense model, the run's tokens given."""
+    adapter = family(model)
+    text, dense = adapter.text(model), {}
+    with spying(text, dense):
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    embeds, new = dense["inputs_embeds"].clone(), run.tokens[:, :-1]
+    batch, length = embeds.shape[:2]
+    for b, slots in enumerate(run.slots[0]):
+        embeds[b, slots] = run.entered[b, run.entered.shape[1] - len(slots) :]
+    positions = _positions(dense["position_ids"], run, adapter.positions, new.shape[1])
+    hidden = torch.cat([embeds, model.get_input_embeddings()(new)], 1)
+    masks = [_mask(slots, batch, length, new.shape[1], hidden.dtype) for slots in run.slots]
+
+    def use(index: int):
+        return lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks[index]})
+
+    hooks = [
+        layer.register_forward_pre_hook(use(i), with_kwargs=True) for i, layer in enumerate(text.layers)
+    ]
+    try:
+        out = text(
+            inputs_embeds=hidden, position_ids=positions, attention_mask=masks[0], use_cache=False
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return model.lm_head(out.last_hidden_state[:, length - 1 :])
+
+
+def _positions(positions: Tensor, run: Run, policy: str, new: int) -> Tensor:
+    positions = positions.clone()
+    if policy == "compact":
+        for b, slots in enumerate(run.slots[0]):
+            positions[b, slots] = torch.arange(len(slots))
+    after = positions[..., -1:] + 1 + torch.arange(new)
+    return torch.cat([positions, after], -1)
+
+
+def _mask(slots: list[Tensor], batch: int, length: int, new: int, dtype: torch.dtype) -> Tensor:
+    alive = torch.zeros(batch, length + new, dtype=torch.bool)
+    alive[:, length:] = True
+    for b, own in enumerate(slots):
+        alive[b, own] = True
+    total = length + new
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    allowed = causal & alive[:, None, None, :] | torch.eye(total, dtype=torch.bool)
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

@@ -1,0 +1,227 @@
+"""Tiny multimodal models, built in process from configs. No weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYERS = 6
+IMAGE, VIDEO, PAD = 90, 91, 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's tiny model and how to make a prompt for it.
+
+    Attributes:
+        build: the model, in eval mode.
+        image_tokens: vision tokens of one image.
+        images: arguments of ``forward`` for n images.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    image_tokens: int
+    images: Callable[[int, int], dict[str, Any]]
+    token_types: bool = False
+
+
+def text_config(kind: str, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | more
+
+
+def _ready(model: Any) -> Any:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    return model.eval()
+
+
+def _clip(kind: str) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 48,
+        "patch_size": 8,
+    }
+
+
+def llava() -> Any:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=_clip("clip_vision_model"),
+        text_config=text_config("llama"),
+        image_token_index=IMAGE,
+    )
+    return _ready(LlavaForConditionalGeneration(config))
+
+
+def llava_dino() -> Any:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {"model_type": "dinov2", "hidden_size": 24, "num_hidden_layers": 3, "mlp_ratio": 2}
+    vision |= {"num_attention_heads": 4, "image_size": 56, "patch_size": 8}
+    config = LlavaConfig(
+        vision_config=vision, text_config=text_config("llama"), image_token_index=IMAGE
+    )
+    return _ready(LlavaForConditionalGeneration(config))
+
+
+def llava_siglip() -> Any:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=_clip("siglip_vision_model"),
+        text_config=text_config("qwen2"),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+    )
+    return _ready(LlavaForConditionalGeneration(config))
+
+
+def onevision() -> Any:
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    config = LlavaOnevisionConfig(
+        vision_config=_clip("siglip_vision_model"),
+        text_config=text_config("qwen2"),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]],
+    )
+    return _ready(LlavaOnevisionForConditionalGeneration(config))
+
+
+def internvl() -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    vision = {
+        "model_type": "internvl_vision",
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": [64, 64],
+        "patch_size": [8, 8],
+    }
+    config = InternVLConfig(
+        vision_config=vision, text_config=text_config("qwen2"), image_token_id=IMAGE
+    )
+    return _ready(InternVLForConditionalGeneration(config))
+
+
+def qwen2_5_vl() -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "in_channels": 3,
+        "tokens_per_second": 2,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text_config("qwen2_5_vl_text", rope_parameters=rope),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    return _ready(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def _pixels(side: int) -> Callable[[int, int], dict[str, Any]]:
+    def images(n: int, seed: int) -> dict[str, Any]:
+        return {"pixel_values": _noise(seed, n, 3, side, side)}
+
+    return images
+
+
+def _anyres(n: int, seed: int) -> dict[str, Any]:
+    sizes = torch.tensor([[48, 96]] * n)
+    return {"pixel_values": _noise(seed, n, 3, 3, 48, 48), "image_sizes": sizes}
+
+
+def _qwen(n: int, seed: int) -> dict[str, Any]:
+    grid = torch.tensor([[1, 12, 12]] * n)
+    return {"pixel_values": _noise(seed, n * 144, 3 * 2 * 4 * 4), "image_grid_thw": grid}
+
+
+def _noise(seed: int, first: int, *shape: int) -> Tensor:
+    """Image i of seed s is the noise of seed s + i, so batches can be compared with singles."""
+    per = [
+        torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed + i))
+        for i in range(first)
+    ]
+    return torch.stack(per)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llava", llava, 36, _pixels(48)),
+        Family("llava-dinov2", llava_dino, 49, _pixels(56)),
+        Family("llava-siglip", llava_siglip, 36, _pixels(48)),
+        Family("llava-onevision", onevision, 36 + 72 + 6, _anyres),
+        Family("internvl", internvl, 16, _pixels(64)),
+        Family("qwen2.5-vl", qwen2_5_vl, 36, _qwen, token_types=True),
+    )
+}
+
+
+def prompt(family: Family, images: list[int], *, seed: int = 0, text: int = 6) -> dict[str, Any]:
+    """A left-padded batch; sample b has ``images[b]`` images and some text before and after.
+
+    Image and text contents depend on (seed, sample, image) only, so sample b alone is
+    ``prompt(family, [images[b]], seed=seed + 10 * b)``.
+    """
+    rows, pictures = [], []
+    for b, n in enumerate(images):
+        own = seed + 10 * b
+        draw = torch.Generator().manual_seed(own)
+        ids = torch.randint(3, 80, (3 + text + own % 4,), generator=draw).tolist()
+        for i in range(n):
+            ids[2:2] = [IMAGE] * family.image_tokens + ([5] if i else [])
+        rows.append(ids)
+        pictures += [family.images(1, own + i) for i in range(n)]
+    width = max(map(len, rows))
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([[PAD] * (width - len(ids)) + ids for ids in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in rows]),
+    }
+    for name in pictures[0] if pictures else ():
+        inputs[name] = torch.cat([p[name] for p in pictures])
+    if family.token_types:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    return inputs
