@@ -108,3 +108,12 @@ def _mask(slots: list[Tensor], batch: int, length: int, new: int, dtype: torch.d
     causal = torch.ones(total, total, dtype=torch.bool).tril()
     allowed = causal & alive[:, None, None, :] | torch.eye(total, dtype=torch.bool)
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def reduced_run_entered(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """The rows that enter layer 0 under the session that is open."""
+    first: dict[str, Any] = {}
+    with spying(family(model).text(model).layers[0], first):
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return first["args"][0]

@@ -1,0 +1,173 @@
+"""One contract over every method × every family. A new method or family is tested by existing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import tiny
+import torch
+
+import foveate
+from foveate import Recipe, Schedule
+from foveate.reducer import discover
+
+METHODS = sorted(discover())
+FAMILIES = sorted(tiny.FAMILIES)
+KEEP = 0.4
+# What cannot work, and the reason that the refusal must give.
+REFUSED = {("downsample", "llava-onevision"): "downsample cannot work on LLaVA-OneVision"}
+TOLERANCE = 2e-6
+
+
+def recipe_of(method: str, keep: float = KEEP) -> Recipe:
+    """The method alone: at the entrance, or with two cuts inside the LLM."""
+    if discover()[method].site != "layers":
+        return foveate.recipe(method, keep=keep)
+    stages = Schedule.stages({1: keep + (1 - keep) / 2, 4: keep})
+    return Recipe(Schedule.flat(1.0) if keep == 1.0 else stages, layers=foveate.reducer(method))
+
+
+def batch(family: str, images: list[int], seed: int = 0) -> dict[str, Any]:
+    return tiny.prompt(tiny.FAMILIES[family], images, seed=seed)
+
+
+def works(method: str, family: str) -> None:
+    if (method, family) in REFUSED:
+        pytest.skip(REFUSED[method, family])
+
+
+def tokens(family: str, method: str, n: int) -> int:
+    """Vision tokens that ``n`` images keep: floor per image at the entrance, per sample inside."""
+    size, site = tiny.FAMILIES[family].image_tokens, discover()[method].site
+    if site == "pixels":
+        return -1
+    return n * int(size * KEEP + 1e-6) if site != "layers" else int(n * size * KEEP + 1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("images", [[1], [2, 0, 1]], ids=["single", "padded"])
+def test_dropping_equals_masking(models, method: str, family: str, images: list[int]) -> None:
+    """The oracle, prefill and three decode steps; KV lengths; the budget met."""
+    works(method, family)
+    model, inputs = models(family), batch(family, images)
+    run = oracle.reduced_run(model, recipe_of(method), inputs, 4)
+    expected = oracle.masked_logits(model, inputs, run)
+    assert (run.logits - expected).abs().max() < TOLERANCE
+    text = [int(m.sum()) - n * tiny.FAMILIES[family].image_tokens for m, n in zip(inputs["attention_mask"], images)]
+    left = [len(slots) - t for slots, t in zip(run.slots[-1], text)]
+    wanted = [tokens(family, method, n) for n in images]
+    assert wanted == left or wanted[0] == -1 and all(0 < a <= KEEP * n * 200 for a, n in zip(left, images) if n)
+    for layer, slots in zip(run.cache.layers, run.slots):
+        assert layer.get_seq_length() == max(map(len, slots)) + 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_equals_single(models, method: str, family: str) -> None:
+    works(method, family)
+    model, recipe = models(family), recipe_of(method)
+    together = oracle.reduced_run(model, recipe, batch(family, [2, 0, 1]), 3)
+    for b, n in enumerate([2, 0, 1]):
+        alone = oracle.reduced_run(model, recipe, batch(family, [n], seed=10 * b), 3)
+        assert torch.equal(alone.tokens[0], together.tokens[b])
+        assert (alone.logits[0] - together.logits[b]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_keep_all_is_the_untouched_model(models, method: str, family: str) -> None:
+    works(method, family)
+    model, inputs = models(family), batch(family, [2, 0, 1])
+    dense = model(**inputs).logits
+    with foveate.reduced(model, recipe_of(method, keep=1.0)):
+        assert torch.equal(model(**inputs).logits, dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_everything_is_undone(models, method: str, family: str) -> None:
+    """No hook, no changed attribute or implementation, same logits; also after an error."""
+    works(method, family)
+    model, inputs = models(family), batch(family, [1])
+    dense, before = model(**inputs).logits, state_of(model)
+    with foveate.reduced(model, recipe_of(method)):
+        assert state_of(model) != before
+        model(**inputs)
+    assert state_of(model) == before
+    with pytest.raises(RuntimeError), foveate.reduced(model, recipe_of(method)):
+        model(**inputs)
+        raise RuntimeError
+    assert state_of(model) == before
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+def state_of(model: Any) -> list[Any]:
+    """Everything a session could leave behind: hooks, instance attributes, attention names."""
+    return [
+        (
+            name,
+            [list(map(id, hooks.values())) for hooks in (m._forward_pre_hooks, m._forward_hooks)],
+            sorted(set(vars(m)) - {"rope_deltas"}),
+            id(vars(m).get("config")),
+            getattr(vars(m).get("config"), "_attn_implementation", None),
+        )
+        for name, m in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_text_passes_untouched(models, method: str, family: str) -> None:
+    model, inputs = models(family), batch(family, [0, 0])
+    dense = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with foveate.reduced(model, recipe_of(method)):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_next_turn_on_a_reduced_cache(models, method: str, family: str) -> None:
+    """A second turn of text equals the same rows given in one longer generation."""
+    works(method, family)
+    model, inputs = models(family), batch(family, [2, 0, 1])
+    turn = torch.randint(3, 80, (3, 5), generator=torch.Generator().manual_seed(3))
+    longer = {
+        "input_ids": torch.cat([inputs["input_ids"], turn], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(turn)], 1),
+    }
+    if "mm_token_type_ids" in inputs:
+        longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], turn.int() * 0], 1)
+    with foveate.reduced(model, recipe_of(method)) as report:
+        first = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        cache, slots = first.past_key_values, report.slots
+        second = model.generate(
+            **longer,
+            past_key_values=cache,
+            max_new_tokens=3,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        entered = oracle.reduced_run_entered(model, inputs)
+    given = torch.cat([turn, second.sequences[:, longer["input_ids"].shape[1] :]], 1)
+    run = oracle.Run(first.sequences[:, :0], given, slots, entered, cache)
+    expected = oracle.masked_logits(model, inputs, run)[:, turn.shape[1] :]
+    assert (torch.stack(second.logits, 1) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [m for m in METHODS if (m, "llava-onevision") in REFUSED])
+def test_refusals_say_why(models, method: str, family: str) -> None:
+    if (method, family) not in REFUSED:
+        pytest.skip("works here")
+    with pytest.raises(NotImplementedError, match=REFUSED[method, family]):
+        oracle.reduced_run(models(family), recipe_of(method), batch(family, [1]), 1)
