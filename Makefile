@@ -1,0 +1,47 @@
+# From a fresh clone with Python 3.11 and pip; CI calls the same targets.
+#   make demo     the main job on the embedded model: a table and a picture
+#   make test     the tests (CPU, offline after the install); `make heavy` adds those with real weights
+#   make check    lint, format, types; changes nothing     make fix    what can be fixed by itself
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test heavy check fix clean
+
+demo: .venv/demo
+	$(BIN)/foveate demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+heavy: .venv/dev
+	$(BIN)/python -m pytest -m heavy
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Systems that ship venv without ensurepip (Debian) get pip from the outer one.
+$(BIN)/python:
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+
+.venv/demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing foveate[demo] into .venv (once; torch is large)"
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+.venv/dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing foveate[dev] into .venv (once; torch is large)"
+	$(PIP) -e '.[dev]'
+	@touch $@ .venv/demo
