@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ def observed(name: str, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """
     if tokens.q is None or tokens.k is None or tokens.at is None:
         raise ValueError(
-            f"{name} ranks by the attention just crossed and was given none: pass Tokens with q, k and at, "
-            "or use a method that reads only the vectors, such as 'pool' or 'random'."
+            f"{name} reads the attention just crossed and was given none: pass Tokens with q, k "
+            "and at, or use a method that reads only the vectors, such as 'pool' or 'random'."
         )
     return tokens.q, tokens.k, tokens.at
 
@@ -48,13 +50,13 @@ def key_rows(
     Returns:
         ``(B, H, R, L)``, float32 (float64 for float64 inputs).
     """
-    heads, shared = q.shape[1], k.shape[1]
+    (batch, heads, _, width), shared = q.shape, k.shape[1]
     work = torch.promote_types(q.dtype, torch.float32)
-    index = queries[:, None, :, None].expand(-1, heads, -1, q.shape[-1])
+    index = queries[:, None, :, None].expand(-1, heads, -1, width)
     picked = q.gather(2, index).to(work) * scale
     # Query heads that share a key head become rows of one product: keys are not repeated.
-    logits = picked.unflatten(1, (shared, heads // shared)).flatten(2, 3) @ k.to(work).mT
-    logits = logits.unflatten(2, (heads // shared, queries.shape[1])).flatten(1, 2)
+    logits = picked.reshape(batch, shared, -1, width) @ k.to(work).mT
+    logits = logits.view(batch, heads, -1, k.shape[2])
     low = torch.finfo(work).min
     if rows is not None:
         logits = logits.masked_fill(~rows[:, None, None], low)
@@ -74,29 +76,24 @@ def received(
     rows: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Attention that each row of L receives from ``queries``: mean over heads, weighted over queries.
+    """Attention that each row of L receives: mean over heads, weighted sum over ``queries``.
 
     Args as in :func:`key_rows`, with ``weight`` (B, R). Returns ``(B, L)``.
     """
     step = max(1, _BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
-    parts = [
-        _pooled(key_rows(q, k, some, scale=scale, rows=rows, causal=causal), part)
-        for some, part in zip(queries.split(step, 1), weight.split(step, 1), strict=True)
-    ]
+    parts = []
+    for first in range(0, queries.shape[1], step):
+        some = slice(first, first + step)
+        mean = key_rows(q, k, queries[:, some], scale=scale, rows=rows, causal=causal).mean(dim=1)
+        parts.append((weight[:, None, some].to(mean.dtype) @ mean).squeeze(1))
     return torch.stack(parts).sum(dim=0)
-
-
-def _pooled(probabilities: Tensor, weight: Tensor) -> Tensor:
-    """Mean over heads, weighted sum over rows: (B, H, R, L) and (B, R) to (B, L)."""
-    mean = probabilities.mean(dim=1)
-    return (weight.to(mean.dtype).unsqueeze(1) @ mean).squeeze(1)
 
 
 def instruction_rows(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """The instruction's rows and their weights, which sum to 1: ``(B, R)`` long and ``(B, R)``.
 
-    Rows are packed flush right, so the last ``tokens.instruction[b]`` rows of L are the instruction of
-    sample b. Without one, the last row speaks.
+    Rows are packed flush right, so the last ``tokens.instruction[b]`` rows of L are the instruction
+    of sample b. Without one, the last row speaks.
     """
     q, _, _ = observed("The instruction's attention", tokens)
     size, length = q.shape[0], q.shape[2]
@@ -122,11 +119,12 @@ def one_head(states: Tensor, at: Tensor) -> Tensor:
 def cls_attention(
     q: Tensor, k: Tensor, at: Tensor, cls: int | None, *, rows: Tensor | None = None
 ) -> Tensor:
-    """How much the [CLS] query attends to each token, in one head of the encoder's full width C = H·d.
+    """How much [CLS] attends to each token, in one head of the encoder's full width C = H·d.
 
-    PruMerge's released code does not split heads: ``softmax(q_cls · k / sqrt(C))`` over all L rows, the
-    [CLS] row's own column included, and then the tokens' columns, not renormalised. Where there is no
-    [CLS], AIM's SigLIP baseline takes the mean of the tokens' queries and only the tokens' keys.
+    PruMerge's released code does not split heads: ``softmax(q_cls · k / sqrt(C))`` over all L rows,
+    the [CLS] row's own column included, and then the tokens' columns, not renormalised. Where there
+    is no [CLS], AIM's SigLIP baseline takes the mean of the tokens' queries and only the tokens'
+    keys.
 
     Args:
         q: queries, ``(B, H, L, d)``.
@@ -141,9 +139,10 @@ def cls_attention(
     work = torch.promote_types(q.dtype, torch.float32)
     if cls is None:
         query, keys = one_head(q, at).to(work).mean(dim=1), one_head(k, at).to(work)
-        return (keys @ query.unsqueeze(-1)).squeeze(-1).mul(query.shape[-1] ** -0.5).softmax(dim=-1)
+        logits = (keys @ query.unsqueeze(-1)).squeeze(-1) / math.sqrt(query.shape[-1])
+        return logits.softmax(dim=-1)
     query, keys = q[:, :, cls].flatten(1).to(work), k.transpose(1, 2).flatten(2).to(work)
-    logits = (keys @ query.unsqueeze(-1)).squeeze(-1) * query.shape[-1] ** -0.5
+    logits = (keys @ query.unsqueeze(-1)).squeeze(-1) / math.sqrt(query.shape[-1])
     if rows is not None:
         logits = logits.masked_fill(~rows, -torch.inf)
     return logits.softmax(dim=-1).gather(1, at)

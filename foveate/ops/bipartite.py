@@ -1,8 +1,9 @@
 """Bipartite matching of tokens and merging of the pairs, in rounds.
 
-The match of AIM (arXiv 2412.03248), which is that of ToMe (arXiv 2210.09461) without its token sizes: even
-tokens are sources, odd ones destinations; each source finds its most similar destination; the r most
-similar sources are merged into theirs. Decided from one tensor, done to any number of others.
+The match of AIM (arXiv 2412.03248), which is that of ToMe (arXiv 2210.09461) without its token
+sizes: even tokens are sources, odd ones destinations; each source finds its most similar
+destination; the r most similar sources are merged into theirs. Decided from one tensor, done to any
+number of others.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def match(metric: Tensor, r: int, order: str = "released") -> Match:
     Args:
         metric: ``(B, T, C)``, compared by cosine in float32 (a zero vector is similar to none).
         r: pairs to merge, clamped to T // 2; 0 or less leaves everything as it is.
-        order: ``released``: sources left over by descending similarity, then the destinations, as the
-            released code has it; ``raster``: ascending places.
+        order: ``released``: sources left over by descending similarity, then the destinations, as
+            the released code has it; ``raster``: ascending places.
     """
     size = metric.shape[1]
     r = min(r, size // 2)

@@ -14,7 +14,13 @@ def one_of(method: str, knob: str, value: str, accepted: Sequence[str]) -> None:
 
 
 def within(
-    method: str, knob: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False
+    method: str,
+    knob: str,
+    value: float,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
 ) -> None:
     """Refuse a number outside [low, high], or (low, high] with ``open_low``."""
     if not low <= value <= high or (open_low and value == low):

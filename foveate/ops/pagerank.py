@@ -1,8 +1,9 @@
 """PageRank over an attention map, without the map.
 
-Importance of AIM (arXiv 2412.03248, as in its released code): with ``M = softmax(q·k·scale / τ)`` and
-all rows starting at ``1/n``, five times ``s ← (1 - damping)·s M + damping/n``; then the root mean square
-over heads. Mass flows along columns: a key is important when important queries attend to it.
+Importance of AIM (arXiv 2412.03248, as in its released code): with ``M = softmax(q·k·scale / τ)``
+and all rows starting at ``1/n``, five times ``s ← (1 - damping)·s M + damping/n``; then the root
+mean square over heads. Mass flows along columns: a key is important when important queries attend
+to it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The map is made in tiles of at least 64 rows and about this many bytes: a CPU's shared cache, or what
-# keeps a GPU busy. A map that fits in one tile is made whole.
+# The map is made in tiles of at least 64 rows and about this many bytes: a CPU's shared cache, or
+# what keeps a GPU busy. A map that fits in one tile is made whole.
 _TILE_BYTES_CPU = 4 << 20
 _TILE_BYTES = 64 << 20
 
@@ -92,12 +93,12 @@ class _Walk:
         """
         width = last if self.causal else self.kt.shape[-1]
         q = self.q[:, :, :, first:last]
-        logits = (q.flatten(2, 3) @ self.kt[..., :width]).unflatten(2, q.shape[2:4])
+        logits = (q.flatten(2, 3) @ self.kt[..., :width]).view(*q.shape[:4], width)
         if self.causal:
             logits[..., first:] += self.ahead[: last - first, : last - first]
         if self.dead is not None:
             logits += self.dead[..., :width]
-        return logits.softmax(dim=-1)
+        return torch.softmax(logits, dim=-1)
 
 
 def _walk(
@@ -168,10 +169,10 @@ def _stream(walk: _Walk, rows: int) -> Tensor:
 def _sweep(walk: _Walk, rows: int) -> Tensor:
     """All steps in one pass over the tiles of a causal map, last rows first. ``(B, Hkv, G, L)``.
 
-    A causal row sends mass only to itself and to earlier keys. So once all rows after a block have been
-    through all steps, the block's own steps need its diagonal tile alone, and what it sends to the
-    keys before it is, for all steps together, one product with the rest of its tile. Every entry
-    of M is made once, as in the dense form, in O(H·rows·L) memory, as in the streamed one.
+    A causal row sends mass only to itself and to earlier keys. So once all rows after a block have
+    been through all steps, the block's own steps need its diagonal tile alone, and what it sends to
+    the keys before it is, for all steps together, one product with the rest of its tile. Every
+    entry of M is made once, as in the dense form, in O(H·rows·L) memory, as in the streamed one.
     """
     length, steps = walk.q.shape[3], walk.iterations
     # mass[..., t, :] after t steps; until its block is reached, what later rows have sent so far.

@@ -13,10 +13,11 @@ def cells(
 ) -> Tensor:
     """The cell of each of ``size`` tokens: (N,) long, all of 0..budget-1 used.
 
-    Shelves: the grid is cut into bands of rows, and each band into cells side by side. The number of
-    bands makes cells as square as it can; the ``budget`` cells are spread over the bands evenly, so
-    neighbouring bands differ by one cell at most. A quarter of an even grid gives 2×2 pooling. Tokens
-    without a grid (None, or one that does not have ``size`` places) are cut into contiguous runs.
+    Shelves: the grid is cut into bands of rows, and each band into cells side by side. The number
+    of bands makes cells as square as it can; the ``budget`` cells are spread over the bands evenly,
+    so neighbouring bands differ by one cell at most. A quarter of an even grid gives 2×2 pooling.
+    Tokens without a grid (None, or one that does not have ``size`` places) are cut into contiguous
+    runs.
 
     Args:
         size: N, tokens.

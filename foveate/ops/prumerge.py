@@ -1,4 +1,4 @@
-"""Merging of PruMerge (arXiv 2403.15388): pruned tokens are not lost, they are added to the kept ones."""
+"""Merging of PruMerge (arXiv 2403.15388): pruned tokens are added to the kept ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from foveate.ops.attention import cls_attention, observed, one_head
 from foveate.ops.rows import slots, take
-from foveate.reducer import Reduction
+from foveate.reducer import Reduction, Tokens
 
 WEIGHTS = ("released", "paper")
 ORDERS = ("attention", "raster")
@@ -30,6 +31,13 @@ class Image:
     attn: Tensor
 
 
+def look(name: str, tokens: Tokens) -> Image:
+    """What method ``name`` reads of its tokens, by the encoder's last attention in one head."""
+    q, k, at = observed(name, tokens)
+    attn = cls_attention(q, k, at, tokens.cls, rows=tokens.rows)
+    return Image(x=tokens.x, keys=one_head(k, at), attn=attn)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How pruned tokens are merged; the knobs of the same names."""
@@ -43,8 +51,8 @@ class Rule:
 def merge(image: Image, kept: Tensor, count: Tensor, rule: Rule) -> Reduction:
     """Keep some tokens, add to each its nearest neighbours, and append the sum of the pruned ones.
 
-    The extra token's slot is the largest one not kept. A pruned token's group is the most similar survivor
-    that took it as a neighbour, else the extra token, else -1.
+    The extra token's slot is the largest one not kept. A pruned token's group is the most similar
+    survivor that took it as a neighbour, else the extra token, else -1.
 
     Args:
         image: the images.
@@ -82,9 +90,9 @@ def merge(image: Image, kept: Tensor, count: Tensor, rule: Rule) -> Reduction:
 def neighbourhood(image: Image, kept: Tensor, chosen: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Each kept token with its nearest neighbours (cosine of keys) added.
 
-    ``released``: ``x_i + Σ_j a_j x_j`` over the nearest among ALL other tokens, not normalised, so that x_i
-    weighs 1 and its neighbours about 1/N; every sum reads the original vectors. ``paper``: the
-    average of x_i and the nearest pruned tokens, weighted by a.
+    ``released``: ``x_i + Σ_j a_j x_j`` over the nearest among ALL other tokens, not normalised, so
+    that x_i weighs 1 and its neighbours about 1/N; every sum reads the original vectors. ``paper``:
+    the average of x_i and the nearest pruned tokens, weighted by a.
 
     Args:
         image: the images.
@@ -93,7 +101,8 @@ def neighbourhood(image: Image, kept: Tensor, chosen: Tensor, rule: Rule) -> tup
         rule: ``neighbours`` and ``weights``.
 
     Returns:
-        ``(B, M, D)`` in x's dtype, and ``(B, M, N)``: the cosine with each neighbour taken, -inf elsewhere.
+        ``(B, M, D)`` in x's dtype, and ``(B, M, N)``: the cosine with each neighbour taken, -inf
+        elsewhere.
     """
     x, attn = image.x.to(image.attn.dtype), image.attn
     unit = normalize(image.keys.to(attn.dtype), dim=-1)

@@ -21,7 +21,7 @@ def slots(x: Tensor) -> Tensor:
 
 
 def full(size: int, count: int) -> Tensor:
-    """``count`` for each of ``size`` groups, as ``Reduction.count`` wants it: (size,) on the CPU."""
+    """``count`` for each of ``size`` groups, as in ``Reduction.count``: (size,) on the CPU."""
     return torch.full((size,), count, dtype=torch.long)
 
 
@@ -46,7 +46,7 @@ def one_budget(name: str, budget: Sequence[int] | None) -> int:
         raise ValueError(f"{name} needs a budget; it cannot choose its own count.")
     if len(set(budget)) != 1:
         raise ValueError(
-            f"{name} was given the budgets {sorted(set(budget))}; it takes groups of one size and one "
-            "budget. Call it once for each distinct budget."
+            f"{name} was given the budgets {sorted(set(budget))}; it takes groups of one size and "
+            "one budget. Call it once for each distinct budget."
         )
     return budget[0]

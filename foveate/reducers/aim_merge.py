@@ -21,14 +21,16 @@ METRICS = ("keys", "tokens")
 class AimMerge(Reducer, name="aim-merge"):
     """Before the projector, compared by the encoder's last keys: AIM on LLaVA-1.5.
 
-    Rounds of ``r = min(T // 2, T - K)``: 252 of 576 are the released 288 and 36, 72 are 288, 144 and 72.
-    Keys keep all heads side by side and are merged along with the vectors, as released; the
-    paper's text speaks of embeddings. A merged token is the plain mean of what the round put together.
+    Rounds of ``r = min(T // 2, T - K)``: 252 of 576 are the released 288 and 36, 72 are 288, 144
+    and 72. Keys keep all heads side by side and are merged along with the vectors, as released; the
+    paper's text speaks of embeddings. A merged token is the plain mean of what the round put
+    together.
 
     Attributes:
         metric: what is compared: ``keys`` or ``tokens``, the vectors themselves.
-        order: ``released``: in a round that merges some sources only, those left over come first, by
-            descending similarity, then the destinations; ``raster``: ascending slots in every round.
+        order: ``released``: in a round that merges some sources only, those left over come first,
+            by descending similarity, then the destinations; ``raster``: ascending slots in every
+            round.
     """
 
     site: ClassVar[str] = "features"
@@ -54,7 +56,8 @@ class AimMerge(Reducer, name="aim-merge"):
 class AimMergeTokens(Reducer, name="aim-merge-tokens"):
     """After the projector and its pooling, frame by frame, compared by the tokens: AIM on video.
 
-    A name of its own because a method's site is fixed; otherwise as ``aim-merge`` with ``metric="tokens"``.
+    A name of its own because a method's site is fixed; otherwise as ``aim-merge`` with
+    ``metric="tokens"``.
 
     Attributes:
         order: as in ``aim-merge``.

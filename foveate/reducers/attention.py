@@ -18,9 +18,9 @@ QUERIES = ("instruction", "last")
 class Attention(Scorer, name="attention"):
     """Keep the tokens that the instruction attends to in the layer just crossed.
 
-    The score is the mean over heads and instruction tokens of the softmax row over the whole visible
-    sequence. The paper calls itself prompt-aware; which queries and how heads are pooled, it does
-    not say where we could read: this is our reading, and ``query`` offers FastV's.
+    The score is the mean over heads and instruction tokens of the softmax row over the whole
+    visible sequence. The paper calls itself prompt-aware; which queries and how heads are pooled,
+    it does not say where we could read: this is our reading, and ``query`` offers FastV's.
 
     Attributes:
         query: ``instruction``, the text after the last vision token, or ``last``, the last row.
@@ -37,7 +37,8 @@ class Attention(Scorer, name="attention"):
     def score(self, tokens: Tokens) -> Tensor:
         """Attention received by each token (B, N)."""
         q, k, at = observed(self.name, tokens)
-        queries, weight = instruction_rows(tokens) if self.query == "instruction" else last_row(tokens)
+        rows = instruction_rows if self.query == "instruction" else last_row
+        queries, weight = rows(tokens)
         attn = received(
             q, k, queries, weight, scale=tokens.scale, rows=tokens.rows, causal=tokens.causal
         )

@@ -14,8 +14,8 @@ from foveate.reducer import Reducer, Reduction, Tokens
 class Downsample(Reducer, name="downsample"):
     """Shrink the image until its grid of tokens fits the budget.
 
-    It saves in the vision encoder too. For models whose grid follows the image's size; whoever prepares
-    the images asks :meth:`shape` and resizes.
+    It saves in the vision encoder too. For models whose grid follows the image's size; whoever
+    prepares the images asks :meth:`shape` and resizes.
     """
 
     site: ClassVar[str] = "pixels"
@@ -35,20 +35,15 @@ class Downsample(Reducer, name="downsample"):
         if height * width <= budget:
             return grid
         scale = math.sqrt(budget / (height * width))
-        low = max(1, min(int(height * scale), budget))
-        wide = max(1, min(int(width * scale), budget // low))
-        low = max(1, min(low, budget // wide))
-        fits = [(low, wide), (low, min(width, wide + 1)), (min(height, low + 1), wide)]
-        return max((h, w) for h, w in fits if h * w <= budget and h * w == _most(fits, budget))
+        wide = max(1, min(int(width * scale), budget))
+        high = max(1, min(int(height * scale), budget // wide))
+        near = ((high, wide), (high, wide + 1), (high + 1, wide))
+        return max((shape for shape in near if math.prod(shape) <= budget), key=math.prod)
 
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Not possible: there are no pixels here."""
         raise ValueError(
-            "downsample shrinks the input image and cannot reduce tokens that exist already. Resize the "
-            "image to the grid that Downsample().shape(grid, budget) gives, or use 'pool', which averages "
-            "tokens."
+            "downsample shrinks the input image and cannot reduce tokens that exist already. "
+            "Resize the image to the grid that Downsample().shape(grid, budget) gives, or use "
+            "'pool', which averages tokens."
         )
-
-
-def _most(fits: Sequence[tuple[int, int]], budget: int) -> int:
-    return max(h * w for h, w in fits if h * w <= budget)

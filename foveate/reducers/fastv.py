@@ -15,9 +15,10 @@ from foveate.reducer import Scorer, Tokens
 class FastV(Scorer, name="fastv"):
     """Keep the tokens that the last prompt row attends to, on the mean of heads.
 
-    The paper speaks of the attention received from all rows; the released code, which this follows, takes
-    the last row only (issues 14 and 44 there). Of its four variants, which differ in where the image
-    starts and in rounding, none is followed: the schedule counts and the session knows the image.
+    The paper speaks of the attention received from all rows; the released code, which this follows,
+    takes the last row only (issues 14 and 44 there). Of its four variants, which differ in where
+    the image starts and in rounding, none is followed: the schedule counts and the session knows
+    the image.
     """
 
     site: ClassVar[str] = "layers"

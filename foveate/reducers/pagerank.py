@@ -17,13 +17,14 @@ from foveate.reducer import Scorer, Tokens
 class PageRank(Scorer, name="pagerank"):
     """Keep the tokens that important rows attend to.
 
-    Rows start with equal mass and pass it along the attention, sharpened to a softmax at ``temperature``;
-    the root mean square over heads after some steps is the score. Text and vision rows alike vote, but only
-    vision tokens are ranked: the released code protects text by a score of 1, here it is not up for choice.
+    Rows start with equal mass and pass it along the attention, sharpened to a softmax at
+    ``temperature``; the root mean square over heads after some steps is the score. Text and vision
+    rows alike vote, but only vision tokens are ranked: the released code protects text by a score
+    of 1, here it is not up for choice.
 
     The paper has no temperature, heads or step count in what we could read; these are the released
-    code's. There, rows of tokens pruned earlier go on voting, since they are only masked; here they are
-    gone. Its finite-precision ties (scores of exactly 0) fall to the earlier token here.
+    code's. There, rows of tokens pruned earlier go on voting, since they are only masked; here they
+    are gone. Its finite-precision ties (scores of exactly 0) fall to the earlier token here.
 
     Attributes:
         temperature: divides the attention logits.

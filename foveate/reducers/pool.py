@@ -14,8 +14,8 @@ from foveate.reducer import Reducer, Reduction, Tokens
 class Pool(Reducer, name="pool"):
     """Cut the grid into exactly K cells, as square and even as K allows, and average each.
 
-    A quarter of an even grid is 2×2 pooling. Tokens without a grid are averaged in contiguous runs. A cell
-    takes the slot of the token in its middle.
+    A quarter of an even grid is 2×2 pooling. Tokens without a grid are averaged in contiguous runs.
+    A cell takes the slot of the token in its middle.
     """
 
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from foveate.ops.attention import cls_attention, observed, one_head
 from foveate.ops.knobs import one_of, within
 from foveate.ops.outliers import outlier_count
-from foveate.ops.prumerge import ORDERS, WEIGHTS, Image, Rule, merge
+from foveate.ops.prumerge import ORDERS, WEIGHTS, Rule, look, merge
 from foveate.ops.rows import full, nothing, one_budget, unchanged
 from foveate.reducer import Reducer, Reduction, Tokens
 
@@ -20,22 +17,24 @@ from foveate.reducer import Reducer, Reduction, Tokens
 class PruMerge(Reducer, name="prumerge"):
     """The most attended tokens, each with its nearest neighbours added, and one extra token.
 
-    Attention is that of the vision encoder's last layer in one head of full width (``cls_attention``).
-    Without a budget an image keeps as many tokens as have outlying attention: above Q3 + fence·IQR.
+    Attention is that of the vision encoder's last layer in one head of full width
+    (``cls_attention``). Without a budget an image keeps as many tokens as have outlying attention:
+    above Q3 + fence·IQR.
 
-    A budget counts the extra token: K survivors are the K - 1 most attended and the extra one; K = 1 is
-    the most attended token alone; K = N changes nothing.
+    A budget counts the extra token: K survivors are the K - 1 most attended and the extra one; K =
+    1 is the most attended token alone; K = N changes nothing.
 
-    Where the released code (42Shawn/LLaVA-PruMerge) differs from the paper, it is followed: cosine of
-    keys, neighbours among all other tokens, sums not normalised, an extra token, output by descending
-    attention. Where we leave it: outliers are counted image by image (released: over the flattened
-    batch), exactly (released: ``int(N · ratio)``, which can lose one), and an image without any keeps
-    its most attended token and the extra one (released: the extra one alone).
+    Where the released code (42Shawn/LLaVA-PruMerge) differs from the paper, it is followed: cosine
+    of keys, neighbours among all other tokens, sums not normalised, an extra token, output by
+    descending attention. Where we leave it: outliers are counted image by image (released: over the
+    flattened batch), exactly (released: ``int(N · ratio)``, which can lose one), and an image
+    without any keeps its most attended token and the extra one (released: the extra one alone).
 
     Attributes:
         neighbours: tokens added to each kept one, N - 1 at most.
         fence: interquartile ranges above the third quartile from which on attention is outlying.
-        order: ``attention``, survivors by descending attention and then the extra token, or ``raster``.
+        order: ``attention``, survivors by descending attention and then the extra token, or
+            ``raster``.
         weights: ``released`` (``x_i + Σ a_j x_j``) or ``paper`` (the average of x_i and its nearest
             pruned tokens, weighted by a).
         extra: append ``Σ a_j x_j`` over all pruned tokens. It takes the largest slot not kept.
@@ -65,16 +64,14 @@ class PruMerge(Reducer, name="prumerge"):
             return nothing(tokens)
         if wanted == size or size == 1:
             return unchanged(tokens)
-        q, k, at = observed(self.name, tokens)
-        attn = cls_attention(q, k, at, tokens.cls, rows=tokens.rows)
-        image = Image(tokens.x, one_head(k, at), attn)
+        image = look(self.name, tokens)
+        attn = image.attn
         extra = self.extra and wanted != 1
         if wanted is None:
             count = outlier_count(attn, self.fence).clamp(min=1).cpu()
-            width = int(count.max())
         else:
-            width = wanted - int(extra)
-            count = full(len(attn), width)
-        kept = attn.argsort(dim=-1, descending=True, stable=True)[:, :width]
+            count = full(len(attn), wanted - int(extra))
+        order = attn.argsort(dim=-1, descending=True, stable=True)
+        kept = order[:, : int(count.max())]
         rule = Rule(self.neighbours, self.weights, extra, self.order)
-        return merge(image, kept, torch.as_tensor(count), rule)
+        return merge(image, kept, count, rule)

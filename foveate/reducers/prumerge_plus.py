@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.ops.attention import cls_attention, observed, one_head
 from foveate.ops.knobs import one_of, within
 from foveate.ops.outliers import outlier_count
-from foveate.ops.prumerge import ORDERS, WEIGHTS, Image, Rule, merge
+from foveate.ops.prumerge import ORDERS, WEIGHTS, Rule, look, merge
 from foveate.ops.rows import full, nothing, one_budget, slots, unchanged
 from foveate.reducer import Reducer, Reduction, Tokens
 
@@ -21,17 +20,17 @@ from foveate.reducer import Reducer, Reduction, Tokens
 class PruMergePlus(Reducer, name="prumerge+"):
     """The tokens of PruMerge and a regular sample of the rest; then the same merge over both.
 
-    Without a budget: with ratio = outliers / N, every ``int(int(1 / ratio) / 3)``-th slot below N - 1 is
-    sampled, about three times the outliers; samples follow the outliers in raster order, less
-    those that are outliers. With a budget K: ``max(1, round((K - 1) / 4))`` tokens by attention, the
-    others spread evenly over what is left, K - 1 distinct ones in all, and the extra token. K = 1 is
-    the most attended token alone; K = N changes nothing.
+    Without a budget: with ratio = outliers / N, every ``int(int(1 / ratio) / 3)``-th slot below N -
+    1 is sampled, about three times the outliers; samples follow the outliers in raster order, less
+    those that are outliers. With a budget K: ``max(1, round((K - 1) / 4))`` tokens by attention,
+    the others spread evenly over what is left, K - 1 distinct ones in all, and the extra token. K =
+    1 is the most attended token alone; K = N changes nothing.
 
-    The released code samples below 575 whatever N is (the same for its 576 tokens); a stride of 1, which
-    97 outliers of 576 give, makes it keep everything: here the stride is at least 2. It fails at no
-    outlier (here one token counts as one) and at a batch (here images are counted one by one). Its
-    fixed path takes N/8 by attention and every 8th from 4 on, duplicates included, and loses as many
-    other tokens: here the budget's tokens are distinct. The rest as in ``prumerge``.
+    The released code samples below 575 whatever N is (the same for its 576 tokens); a stride of 1,
+    which 97 outliers of 576 give, makes it keep everything: here the stride is at least 2. It fails
+    at no outlier (here one token counts as one) and at a batch (here images are counted one by
+    one). Its fixed path takes N/8 by attention and every 8th from 4 on, duplicates included, and
+    loses as many other tokens: here the budget's tokens are distinct. The rest as in ``prumerge``.
 
     Attributes: as in ``prumerge``.
     """
@@ -60,9 +59,8 @@ class PruMergePlus(Reducer, name="prumerge+"):
             return nothing(tokens)
         if wanted == size or size == 1:
             return unchanged(tokens)
-        q, k, at = observed(self.name, tokens)
-        attn = cls_attention(q, k, at, tokens.cls, rows=tokens.rows)
-        image = Image(tokens.x, one_head(k, at), attn)
+        image = look(self.name, tokens)
+        attn = image.attn
         extra = self.extra and wanted != 1
         if wanted is None:
             kept, count = _sampled(attn, outlier_count(attn, self.fence).clamp(min=1))

@@ -16,8 +16,8 @@ _MASK = 0xFFFFFFFF
 class Random(Scorer, name="random"):
     """Keep tokens at random, by a hash of slot and seed.
 
-    No generator: nothing to carry along, and a group gets the same tokens alone and in any batch. Groups
-    of one batch therefore get the same slots as each other.
+    No generator: nothing to carry along, and a group gets the same tokens alone and in any batch.
+    Groups of one batch therefore get the same slots as each other.
 
     Attributes:
         seed: another number, another choice.
