@@ -257,7 +257,7 @@ def _projector(vision: int, language: int) -> weights.State:
     return {
         f"{name}1.weight": linear(language, vision),
         f"{name}1.bias": torch.zeros(language),
-        f"{name}2.weight": linear(language, language) * 0.1,
+        f"{name}2.weight": linear(language, language) * 0.4,
         f"{name}2.bias": torch.zeros(language),
     }
 

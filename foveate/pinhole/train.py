@@ -156,6 +156,8 @@ class Trainer:
             self.student.plain_blocks()
             self.optimizer.zero_grad(set_to_none=True)
             self._update(self.feed.next())
+        with torch.no_grad():
+            self.student(self.bank.rows(self.feed.next()))
         self._synchronise()
         _say("compiled" if self.settings.compiled else "ready")
 
@@ -438,7 +440,7 @@ def main(
 
 
 def batch_size_for(device: str) -> int:
-    return 64 if device == "cuda" else 8
+    return 128 if device == "cuda" else 8
 
 
 if __name__ == "__main__":
