@@ -34,7 +34,8 @@ class Observed:
     """The vision encoder's last attention as one group (image or frame) of tokens sees it.
 
     Attributes:
-        q: ``(H, L, d)``; where several patches become one token they are averaged to the token grid.
+        q: ``(H, L, d)``; where several patches become one token they are averaged to the token
+            grid.
         k: ``(H, L, d)``.
         at: ``(N,)`` the row of each token on L.
         cls: the row of [CLS], or None.
@@ -54,8 +55,8 @@ class Adapter(ABC):
     Class flags:
         family: the name people use.
         model_types: the ``config.model_type`` values it serves.
-        positions: ``compact`` when the LLM numbers the shorter prompt anew (1-D RoPE), ``keep`` when
-            survivors keep the place they had (M-RoPE).
+        positions: ``compact`` when the LLM numbers the shorter prompt anew (1-D RoPE), ``keep``
+            when survivors keep the place they had (M-RoPE).
         aligned: whether the projector's input rows are exactly the LLM's vision tokens, so that
             methods of site ``features`` act there; elsewhere they act on projected tokens.
     """
@@ -91,7 +92,9 @@ class Adapter(ABC):
         config = cast(Any, model.config)
         return {"image": config.image_token_id}
 
-    def groups(self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]) -> list[list[int]]:
+    def groups(
+        self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
+    ) -> list[list[int]]:
         """Split each item (one image or video of ``sizes[i]`` tokens) into images or frames."""
         return [[size] for size in sizes]
 
@@ -109,7 +112,12 @@ class Adapter(ABC):
         """What the last vision attention saw, one entry per group."""
 
     def shrink(
-        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink, count: Callable[[int], int]
+        self,
+        model: nn.Module,
+        modality: str,
+        call: Mapping[str, Any],
+        shape: Shrink,
+        count: Callable[[int], int],
     ) -> tuple[dict[str, Any], list[tuple[tuple[int, int], tuple[int, int]]]]:
         """The call with smaller images, and (old grid, new grid) of each group.
 
@@ -169,7 +177,9 @@ def whole_images(seen: Sequence[Seen], *, has_cls: bool) -> list[Observed]:
     """Observations of an encoder that sees one image per batch row, [CLS] first if there is one."""
     first = int(has_cls)
     return [
-        Observed(q, k, torch.arange(first, q.shape[1], device=q.device), 0 if has_cls else None, s.scale)
+        Observed(
+            q, k, torch.arange(first, q.shape[1], device=q.device), 0 if has_cls else None, s.scale
+        )
         for s in seen
         for q, k in zip(s.q.unbind(0), s.k.unbind(0), strict=True)
     ]
@@ -180,4 +190,4 @@ def resized(pixels: Tensor, height: int, width: int) -> Tensor:
     small = nn.functional.interpolate(
         pixels.flatten(0, -4).float(), size=(height, width), mode="bilinear", antialias=True
     )
-    return small.to(pixels.dtype).unflatten(0, pixels.shape[:-3])
+    return small.to(pixels.dtype).reshape(*pixels.shape[:-2], height, width)

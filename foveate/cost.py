@@ -2,8 +2,8 @@
 
 Two conventions are offered by name. ``gated`` counts what is computed: 2·m·n·k per product, a gated
 MLP of three matrices, scores and values of attention over the full square (as fused kernels are
-usually counted), and lm_head on the rows really computed. ``paper`` is the field's two-matrix formula
-``4nd² + 2n²d + 2ndm`` (FastV, PyramidDrop), which counts multiply-adds once.
+usually counted), and lm_head on the rows really computed. ``paper`` is the field's two-matrix
+formula ``4nd² + 2n²d + 2ndm`` (FastV, PyramidDrop), which counts multiply-adds once.
 """
 
 from __future__ import annotations

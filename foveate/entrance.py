@@ -1,11 +1,12 @@
 """Boundary 0: reducing each image or frame before the LLM sees it.
 
-``get_image_features`` is the one place where an image's tokens, what the encoder attended to and the
-image's borders exist together, and ``generate`` calls it before prefill and repeats its result for
-beams. So the survivors are written into that result: each into a slot of its image, in the order in
-which the LLM is to see them, and every other slot becomes NaN. The number of slots stays, so the model's
-own placeholder check holds, and :mod:`foveate.session` drops the NaN rows at the text model's input.
-Features carried past the session that made them are therefore loudly broken instead of silently full.
+``get_image_features`` is the one place where an image's tokens, what the encoder attended to and
+the image's borders exist together, and ``generate`` calls it before prefill and repeats its result
+for beams. So the survivors are written into that result: each into a slot of its image, in the
+order in which the LLM is to see them, and every other slot becomes NaN. The number of slots stays,
+so the model's own placeholder check holds, and :mod:`foveate.session` drops the NaN rows at the
+text model's input. Features carried past the session that made them are therefore loudly broken
+instead of silently full.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from foveate.report import Report
 
 @dataclass(frozen=True)
 class _Survivors:
-    """One group after its reduction: ``slots`` (K,) ascending of ``size``, ``x`` (K, D) in order."""
+    """One group after its reduction: ``slots`` (K,) ascending of ``size``, ``x`` (K, D)."""
 
     size: int
     slots: Tensor
@@ -172,7 +173,9 @@ class Entrance:
             return [_Survivors(size, whole, x) for x in tokens.x]
         made = self._method.reduce(tokens, None if self._schedule.adaptive else [budget] * groups)
         x = take(tokens.x, made.keep) if made.x is None else made.x
-        if self._adapter.positions == "keep":  # the place is in the position ids: rows in raster order
+        if (
+            self._adapter.positions == "keep"
+        ):  # the place is in the position ids: rows in raster order
             x = take(x, made.keep.argsort(dim=-1)) if not self._schedule.adaptive else x
         counts = made.count.tolist() if self._schedule.adaptive else [budget] * groups
         self._report.groups.extend(_groups_of(made, size))
@@ -187,7 +190,11 @@ class Entrance:
         """Site ``pixels``: encode smaller images; their tokens take the slots they lie over."""
         method = cast(Any, self._method)  # site pixels: it has shape()
         call, grids = self._adapter.shrink(
-            self._model, state.modality, state.call, method.shape, lambda n: self._schedule.count(0, n)
+            self._model,
+            state.modality,
+            state.call,
+            method.shape,
+            lambda n: self._schedule.count(0, n),
         )
         outputs = original(**call)
         changes = iter(grids)

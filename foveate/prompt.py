@@ -1,7 +1,7 @@
 """One prompt on its way through the text model: which rows are left, and moving them.
 
-Rows are re-packed flush right, so that the last row of a sample stays its last text token; samples may
-keep different numbers of rows. What has to be known of an earlier prompt lives on its cache
+Rows are re-packed flush right, so that the last row of a sample stays its last text token; samples
+may keep different numbers of rows. What has to be known of an earlier prompt lives on its cache
 (:class:`Request`), what has to be known during one forward lives here, nothing lives on the model.
 """
 
@@ -170,7 +170,11 @@ class Pass:
         self, kwargs: dict[str, Any], stay: Tensor, alive: list[int], compact: bool
     ) -> dict[str, Any]:
         """Boundary 0: the text model's arguments with only the rows of ``stay`` (B, rows)."""
-        before, real, positions = list(self.alive), self.text | self.vision, kwargs.get("position_ids")
+        before, real, positions = (
+            list(self.alive),
+            self.text | self.vision,
+            kwargs.get("position_ids"),
+        )
         embeds: Tensor = kwargs["inputs_embeds"]
         later = self.old is not None or bool(int(self.past[0]))
         if alive == before and self.flush:
@@ -195,7 +199,12 @@ class Pass:
             mask = causal_mask(
                 self.config, self.cache, mask, self.rows, self.past[0], len(before), embeds
             )
-        return {**kwargs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
+        return {
+            **kwargs,
+            "inputs_embeds": embeds,
+            "position_ids": positions,
+            "attention_mask": mask,
+        }
 
     def _numbers(self) -> Tensor:
         """0, 1, 2, … over the real rows of each sample, (B, rows)."""
@@ -254,7 +263,9 @@ class Pass:
     def keys(self, part: int) -> Tensor | None:
         """The key mask of segment ``part``, kept for the request."""
         past, batch = self.past[part], len(self.lengths)
-        self.masks.append(joined(self.old_masks[part], self.valid, past, self.rows, batch, self.device))
+        self.masks.append(
+            joined(self.old_masks[part], self.valid, past, self.rows, batch, self.device)
+        )
         return self.masks[-1]
 
     def tokens(self, hidden: Tensor, layer: int) -> Tokens:
@@ -281,7 +292,7 @@ class Pass:
         )
 
     def cut(self, hidden: Tensor, layer: int) -> Tensor:
-        """Reduce the vision rows of ``hidden`` (B, rows, D) as the schedule says before ``layer``."""
+        """Reduce ``hidden`` (B, rows, D) to what the schedule says for ``layer``."""
         schedule, method = self.recipe.schedule, cast(Reducer, self.recipe.layers)
         wanted = [
             min(now, schedule.count(layer, n))
@@ -316,7 +327,7 @@ class Pass:
         self.segment["position_ids"] = torch.arange(self.rows, device=self.device)[None]
         return take(hidden, order)
 
-    def request(self) -> Request | None:
+    def request(self) -> Request:
         """What later forwards on this cache must know."""
         old_hidden = self.old.hidden if self.old else 0
         old_shift = self.old.shift if self.old else None
@@ -337,10 +348,10 @@ def take(rows: Tensor, order: Tensor) -> Tensor:
     batch, length = order.shape[0], rows.shape[1]
     if batch == 1:
         return rows.index_select(1, order[0])
-    if rows.shape[0] == 1:
-        return rows[0].index_select(0, order.flatten()).unflatten(0, order.shape)
     start = torch.arange(batch, device=order.device)[:, None] * length
-    return rows.flatten(0, 1).index_select(0, (order + start).flatten()).unflatten(0, order.shape)
+    flat = order if rows.shape[0] == 1 else order + start
+    taken = rows.flatten(0, 1).index_select(0, flat.flatten())
+    return taken.view(*order.shape, *rows.shape[2:])
 
 
 def segment(recipe: Recipe, layer: int) -> int:
@@ -348,7 +359,9 @@ def segment(recipe: Recipe, layer: int) -> int:
     return sum(cut <= layer for cut in recipe.schedule.cuts())
 
 
-def apply(method: Reducer, tokens: Tokens, alive: Sequence[int], wanted: Sequence[int]) -> Reduction:
+def apply(
+    method: Reducer, tokens: Tokens, alive: Sequence[int], wanted: Sequence[int]
+) -> Reduction:
     """One call where the method takes ragged groups, else one for each distinct size and budget."""
     if not any(wanted):
         nothing = torch.zeros(len(alive), 0, dtype=torch.long, device=tokens.x.device)
@@ -393,7 +406,9 @@ def joined(
     if old is None and new is None:
         return None
     past = int(past)
-    before = torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old[:, :past]
+    before = (
+        torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old[:, :past]
+    )
     now = torch.ones(batch, rows, dtype=torch.bool, device=device) if new is None else new
     return torch.cat([before, now], dim=-1)
 
@@ -423,7 +438,9 @@ def causal_mask(
     )
 
 
-def shifted(positions: Tensor | None, old: Request | None, kwargs: Mapping[str, Any]) -> Tensor | None:
+def shifted(
+    positions: Tensor | None, old: Request | None, kwargs: Mapping[str, Any]
+) -> Tensor | None:
     """The caller's position ids in the numbers of a shortened conversation."""
     if old is None or old.shift is None:
         return positions
@@ -444,8 +461,8 @@ def two_d(mask: Any, rows: int, past: int) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise ValueError(
-            f"foveate takes a 2-D attention_mask (batch, rows), not a {type(mask).__name__}; pass the "
-            "one that the processor made."
+            f"foveate takes a 2-D attention_mask (batch, rows), not a {type(mask).__name__}; pass "
+            "the one that the processor made."
         )
     if mask.ndim == 2:
         return mask[:, -rows:].bool()

@@ -40,11 +40,13 @@ class Recipe:
             )
         if self.layers is not None and self.layers.site not in ("layers", "tokens"):
             raise ValueError(
-                f"{self.layers.name} acts before the LLM (site {self.layers.site!r}) and cannot act "
-                f"between layers; give it as entrance=foveate.reducer({self.layers.name!r})."
+                f"{self.layers.name} acts before the LLM (site {self.layers.site!r}) and cannot "
+                f"act between layers; give it as entrance=foveate.reducer({self.layers.name!r})."
             )
         if self.schedule.adaptive and (self.entrance is None or not self.entrance.adaptive):
-            raise ValueError("An adaptive schedule needs an entrance reducer that chooses its count.")
+            raise ValueError(
+                "An adaptive schedule needs an entrance reducer that chooses its count."
+            )
         if self.schedule.alive:
             self._check_reducers()
 
@@ -67,8 +69,8 @@ class Recipe:
         made_for = self.provenance.get("model_type")
         if made_for and model_type and made_for != model_type and self.schedule.alive:
             raise ValueError(
-                f"The recipe was made for {made_for!r} and this model is {model_type!r}; search one "
-                "for it, or remove model_type from the recipe's provenance to try it all the same."
+                f"The recipe was made for {made_for!r} and this model is {model_type!r}; search "
+                "one for it, or remove model_type from the recipe's provenance to try it all the same."
             )
         return replace(self, schedule=self.schedule.resolve(layers))
 
@@ -97,7 +99,9 @@ class Recipe:
             if key not in names:
                 raise ValueError(unknown("key of a recipe", key, names))
         if "schedule" not in said:
-            raise ValueError('The recipe has no "schedule"; add {"alive": [one fraction per layer]}.')
+            raise ValueError(
+                'The recipe has no "schedule"; add {"alive": [one fraction per layer]}.'
+            )
         return cls(
             schedule=Schedule.from_dict(said["schedule"]),
             entrance=_method(said.get("entrance")),
@@ -115,7 +119,9 @@ class Recipe:
         try:
             said = json.loads(Path(path).read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON ({error}); a recipe is what Recipe.save wrote.") from None
+            raise ValueError(
+                f"{path} is not JSON ({error}); a recipe is what Recipe.save wrote."
+            ) from None
         if not isinstance(said, dict):
             raise ValueError(f"{path} holds a {type(said).__name__}; a recipe is a JSON object.")
         return cls.from_dict(said)
@@ -194,12 +200,16 @@ def _single(name: str, keep: float | None, knobs: dict[str, Any]) -> Recipe:
     if known[name].site == "layers":
         before = knobs.pop("before", 2)
         if not isinstance(before, int) or before < 1:
-            raise ValueError(f"before is {before!r}; it is the layer that first works on fewer tokens.")
+            raise ValueError(
+                f"before is {before!r}; it is the layer that first works on fewer tokens."
+            )
         kept = _DEFAULTS.get(name, DEFAULT_KEEP) if keep is None else keep
         return Recipe(Schedule.step(kept, before=before), layers=reducer(name, **knobs))
     if keep is None and known[name].adaptive:
         return Recipe(Schedule.flat(1.0, adaptive=True), entrance=reducer(name, **knobs))
-    return Recipe(Schedule.flat(DEFAULT_KEEP if keep is None else keep), entrance=reducer(name, **knobs))
+    return Recipe(
+        Schedule.flat(DEFAULT_KEEP if keep is None else keep), entrance=reducer(name, **knobs)
+    )
 
 
 def _aim(keep: float | None, knobs: dict[str, Any]) -> Recipe:

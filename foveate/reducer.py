@@ -1,9 +1,11 @@
 """Reducers: the methods. A reducer chooses or blends vision tokens and knows nothing else.
 
-Shapes used everywhere: B groups (images or frames at the entrance, samples inside the LLM), N vision
-tokens, K survivors, L rows of the attention just crossed, H heads, d head width, D model width.
+Shapes used everywhere: B groups (images or frames at the entrance, samples inside the LLM), N
+vision tokens, K survivors, L rows of the attention just crossed, H heads, d head width, D model
+width.
 
-A reducer is a frozen dataclass whose fields are the method's knobs. Defining the class registers it::
+A reducer is a frozen dataclass whose fields are the method's knobs. Defining the class registers
+it::
 
     @dataclass(frozen=True)
     class Norm(Scorer, name="norm"):
@@ -73,7 +75,8 @@ class Reduction:
 
     Attributes:
         keep: ``(B, K)`` long, the slot (0..N-1) from which each survivor takes its position, in the
-            order in which the LLM sees them. Entries from ``count[b]`` on are padding. No duplicates.
+            order in which the LLM sees them. Entries from ``count[b]`` on are padding. No
+            duplicates.
         count: ``(B,)`` long on the CPU, the survivors of each group.
         x: ``(B, K, D)``, new vectors of the survivors, or None when tokens are only dropped.
         group: ``(B, N)`` long, the survivor (0..K-1) that each token went into, -1 where it was
@@ -90,8 +93,9 @@ class Reducer(ABC):
     """One method. Subclasses are frozen dataclasses; their fields are numbers, strings or booleans.
 
     Class flags:
-        site: where it acts. ``pixels`` (a smaller input image), ``features`` (before the projector),
-            ``tokens`` (after it, and inside the LLM too), ``layers`` (only inside the LLM).
+        site: where it acts. ``pixels`` (a smaller input image), ``features`` (before the
+            projector), ``tokens`` (after it, and inside the LLM too), ``layers`` (only inside the
+            LLM).
         needs_attention: whether it reads ``q`` and ``k``.
         adaptive: whether it can choose its own count, when the budget is None.
         ragged: whether one call takes groups of different sizes and budgets; where it is False the

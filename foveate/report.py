@@ -1,4 +1,4 @@
-"""Reports: what happened to the last prompt of a session. The benchmark, demo and trace only read it."""
+"""Reports: what happened to the last prompt of a session. Benchmark, demo and trace read it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from foveate.cost import TextShape
 
@@ -26,8 +26,8 @@ class Report:
         dense_flops: the same for the untouched model.
         kv_bytes: bytes of keys and values of the prompt, padding left out.
         dense_kv_bytes: the same for the untouched model.
-        slots: per layer, one LongTensor per sample: the positions in the original prompt of all rows
-            alive at that layer.
+        slots: per layer, one LongTensor per sample: the positions in the original prompt of all
+            rows alive at that layer.
         groups: per image or frame, the survivor (0..K-1) of each of its tokens at the entrance, -1
             where it was dropped; empty when nothing happened there.
         notes: what a method did otherwise than its paper because of this model, one line each.
@@ -38,7 +38,7 @@ class Report:
     alive: list[list[int]] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)
     dense_rows: list[int] = field(default_factory=list)
-    groups: list[LongTensor] = field(default_factory=list)
+    groups: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _slots: list[Callable[[], list[Tensor]]] = field(default_factory=list, repr=False)
     _clock: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
@@ -86,7 +86,7 @@ class Report:
             return
         self._done = False
         for values in (self.vision, self.alive, self.rows, self.dense_rows, self.groups):
-            values.clear()  # type: ignore[attr-defined]
+            values.clear()
         self.notes.clear()
         self._slots.clear()
         self._clock.clear()
@@ -111,11 +111,12 @@ class Report:
         total = sum(self.vision)
         mean = sum(per_layer) / len(per_layer)
         lines = [
-            f"vision tokens  {total} -> {per_layer[0]} at the entrance, {per_layer[-1]} in the last "
-            f"layer, {mean:.1f} layer-averaged ({mean / max(total, 1):.1%})",
+            f"vision tokens  {total} -> {per_layer[0]} at the entrance, {per_layer[-1]} in the "
+            f"last layer, {mean:.1f} layer-averaged ({mean / max(total, 1):.1%})",
             f"prefill FLOPs  {self.dense_flops / 1e12:.3f} T -> {self.flops / 1e12:.3f} T "
             f"({self.dense_flops / max(self.flops, 1):.2f}x fewer)",
-            f"KV cache       {self.dense_kv_bytes / 2**20:.1f} MiB -> {self.kv_bytes / 2**20:.1f} MiB",
+            f"KV cache       {self.dense_kv_bytes / 2**20:.1f} MiB -> "
+            f"{self.kv_bytes / 2**20:.1f} MiB",
             f"reducing took  {self.reduce_ms:.1f} ms",
             *self.notes,
         ]

@@ -1,4 +1,4 @@
-"""Schedules: how many vision tokens are alive, boundary by boundary. They know no method and no model."""
+"""Schedules: how many vision tokens are alive, boundary by boundary. They know no method or model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Schedule:
     """The fraction of the ORIGINAL vision tokens alive after each boundary.
 
     Boundary 0 is the LLM's entrance, boundary b lies just before layer b, so ``alive[b]`` is what
-    layer b works on. It never rises. A schedule is either the curve itself (``alive``, one value per
-    layer) or a named ``shape`` with its numbers, which :meth:`resolve` turns into the curve of a
-    model's depth.
+    layer b works on. It never rises. A schedule is either the curve itself (``alive``, one value
+    per layer) or a named ``shape`` with its numbers, which :meth:`resolve` turns into the curve of
+    a model's depth.
 
     Attributes:
         alive: one fraction in [0, 1] per layer, or empty for a shape.
@@ -71,9 +71,10 @@ class Schedule:
     ) -> Schedule:
         """AIM's ramp, falling in equal steps between layers ``start`` and ``stop``.
 
-        The released code keeps ``1 - (l - start + 1) / (stop - start)`` of the merged tokens *after*
-        layer l, that is, at boundary l + 1; from boundary ``stop`` on none is left. Its literals are
-        (14, 22) of 28 layers and (13, 21) of 32. Other depths: the middle, and 8/28 of the depth.
+        The released code keeps ``1 - (l - start + 1) / (stop - start)`` of the merged tokens
+        *after* layer l, that is, at boundary l + 1; from boundary ``stop`` on none is left. Its
+        literals are (14, 22) of 28 layers and (13, 21) of 32. Other depths: the middle, and 8/28
+        of the depth.
         """
         numbers = {"entrance": _fraction(entrance), "start": start, "stop": stop}
         given = {name: value for name, value in numbers.items() if value is not None}
@@ -98,7 +99,7 @@ class Schedule:
 
     @classmethod
     def stretched(cls, curve: Sequence[float], keep: float | None = None) -> Schedule:
-        """A published curve, interpolated to another depth and scaled to a layer-averaged ``keep``."""
+        """A published curve, interpolated to another depth and scaled to a mean of ``keep``."""
         numbers: dict[str, Any] = {"curve": tuple(float(a) for a in curve)}
         if keep is not None:
             numbers["keep"] = _fraction(keep)
@@ -117,15 +118,15 @@ class Schedule:
         if self.alive:
             if len(self.alive) != layers:
                 raise ValueError(
-                    f"The recipe is for a model of {len(self.alive)} layers and this one has {layers}. "
-                    "Search one for this model, or use a preset: foveate.recipe('aim')."
+                    f"The recipe is for a model of {len(self.alive)} layers and this one has "
+                    f"{layers}. Search one for this model, or use a preset: foveate.recipe('aim')."
                 )
             return self
         curve = _SHAPES[self.shape](layers, **dict(self.numbers))
         return replace(self, alive=_falling(curve), shape="", numbers=())
 
     def count(self, boundary: int, tokens: int) -> int:
-        """Tokens alive of ``tokens`` original ones: floor, and at least 1 where ``alive`` is above 0."""
+        """Tokens alive of ``tokens`` original ones: floor, but at least 1 if ``alive`` is above 0."""
         fraction = self.alive[boundary]
         return max(int(tokens * fraction + _EPSILON), int(fraction > 0 and tokens > 0))
 
@@ -152,7 +153,9 @@ class Schedule:
         if "alive" in rest:
             alive = rest.pop("alive")
             if rest:
-                raise ValueError(unknown("key of a schedule", next(iter(rest)), {"alive": 0, "adaptive": 0}))
+                raise ValueError(
+                    unknown("key of a schedule", next(iter(rest)), {"alive": 0, "adaptive": 0})
+                )
             return cls(alive=tuple(alive), adaptive=adaptive)
         shape = rest.pop("shape", "")
         schedule = cls._shaped(shape, {n: _tupled(v) for n, v in rest.items()}, adaptive)
@@ -196,7 +199,11 @@ def _ramp(
     layers: int, *, entrance: float, start: int | None = None, stop: int | None = None
 ) -> list[float]:
     first = start if start is not None else {32: 13}.get(layers, layers // 2)
-    last = stop if stop is not None else first + max(1, round(layers * (8 / 28 if layers != 32 else 0.25)))
+    last = (
+        stop
+        if stop is not None
+        else first + max(1, round(layers * (8 / 28 if layers != 32 else 0.25)))
+    )
     slope = 1 / (last - first)
     return [entrance * (1.0 - slope * max(0, b - first)) for b in range(layers)]
 
@@ -214,7 +221,9 @@ def _sigmoid(
     layers: int, *, slope: float, middle: float, top: float, full: int, entrance: float
 ) -> list[float]:
     return [
-        entrance if i <= full else min(entrance, top / (1 + math.exp(min(slope * (i - middle), 700.0))))
+        entrance
+        if i <= full
+        else min(entrance, top / (1 + math.exp(min(slope * (i - middle), 700.0))))
         for i in range(1, layers + 1)
     ]
 
@@ -229,7 +238,7 @@ def _stretched(layers: int, *, curve: Sequence[float], keep: float | None = None
 
 
 def _scaled(base: Sequence[float], keep: float) -> list[float]:
-    """``base`` times the factor (full layers stay full) that makes its mean ``keep``, by bisection."""
+    """``base`` times the factor that makes its mean ``keep``; full layers stay full."""
     full = sum(a >= 1.0 for a in base)
     if keep * len(base) < full:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Sessions: getting a recipe into a model and out again. The only code that touches a model.
 
-Pre-hooks move rows, the attention interface watches, nothing is copied or replaced. Everything is gone
-after :func:`detach` or the end of the ``with`` block, also after an error.
+Pre-hooks move rows, the attention interface watches, nothing is copied or replaced. Everything is
+gone after :func:`detach` or the end of the ``with`` block, also after an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 @contextmanager
 def reduced(model: nn.Module, recipe: Recipe) -> Iterator[Report]:
-    """Run ``model`` with ``recipe`` inside the block: ``with reduced(model, recipe) as report: …``.
+    """Run a model with a recipe inside the block: ``with reduced(model, recipe) as report: …``.
 
     Args:
         model: a Hugging Face multimodal model, as loaded.
@@ -48,8 +48,8 @@ def reduced(model: nn.Module, recipe: Recipe) -> Iterator[Report]:
         The report of the last prompt, filled as prompts go through.
 
     Raises:
-        ValueError: for a model type that foveate does not know, a recipe for another depth or model,
-            or a model that already has one attached.
+        ValueError: for a model type that foveate does not know, a recipe for another depth or
+            model, or a model that already has one attached.
     """
     report = attach(model, recipe)
     try:
@@ -61,7 +61,9 @@ def reduced(model: nn.Module, recipe: Recipe) -> Iterator[Report]:
 def attach(model: nn.Module, recipe: Recipe) -> Report:
     """The persistent form of :func:`reduced`: stays until :func:`detach`."""
     if session_of(model) is not None:
-        raise ValueError("This model already has a recipe attached; call foveate.detach(model) first.")
+        raise ValueError(
+            "This model already has a recipe attached; call foveate.detach(model) first."
+        )
     session = Session(model, recipe)
     cast(Any, model).foveate_session = session
     return session.report
@@ -75,7 +77,9 @@ def detach(model: nn.Module) -> None:
     """
     session = session_of(model)
     if session is None:
-        raise ValueError("This model has no recipe attached; foveate.attach(model, recipe) does that.")
+        raise ValueError(
+            "This model has no recipe attached; foveate.attach(model, recipe) does that."
+        )
     session.close()
     del cast(Any, model).foveate_session
 
@@ -127,7 +131,9 @@ class Session:
         watched: list[tuple[nn.Module, Callable[[Seen], None]]] = []
         if schedule.adaptive or schedule.alive[0] < 1.0:
             self._reducing = True
-            self._entrance = Entrance(self.model, self.adapter, self.recipe, self.report, self._encoded)
+            self._entrance = Entrance(
+                self.model, self.adapter, self.recipe, self.report, self._encoded
+            )
             self._undo.append(self._entrance.remove)
             if cast(Any, self.recipe.entrance).needs_attention:
                 watched.append((self.adapter.vision_attention(self.model), self._entrance.show))
@@ -168,8 +174,8 @@ class Session:
         def checked(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError(
-                    f"prefill_chunk_size={generation_config.prefill_chunk_size} splits the image over "
-                    "several forwards, and a reduced prompt must see it whole. Leave it None."
+                    f"prefill_chunk_size={generation_config.prefill_chunk_size} splits the image "
+                    "over several forwards, and a reduced prompt must see it whole. Leave it None."
                 )
             return original(input_ids, generation_config, *args, **kwargs)
 
@@ -208,8 +214,8 @@ class Session:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError(
-                "inputs_embeds were given without input_ids, and foveate cannot tell which of their "
-                "rows are vision tokens. Pass input_ids and pixel_values."
+                "inputs_embeds were given without input_ids, and foveate cannot tell which of "
+                "their rows are vision tokens. Pass input_ids and pixel_values."
             )
         self._read(frame, ids, kwargs)
         for modality in given:
@@ -242,8 +248,8 @@ class Session:
         old = request_of(kwargs.get("past_key_values"))
         if old is not None and old.cuts != self.recipe.schedule.cuts():
             raise ValueError(
-                "This cache was filled under another recipe; start the conversation anew, or attach "
-                "the recipe that it was started with."
+                "This cache was filled under another recipe; start the conversation anew, or "
+                "attach the recipe that it was started with."
             )
         if frame.flags is not None:
             return args, self._start(frame, frame.flags, old, kwargs)
@@ -257,7 +263,9 @@ class Session:
         past = self._past(cache)
         old_masks = self._old_masks(old, past, kwargs)
         self.report.begin()
-        rows = Pass.begin(self.recipe, self.report, self.text.config, cache, flags, past, old, old_masks, kwargs)
+        rows = Pass.begin(
+            self.recipe, self.report, self.text.config, cache, flags, past, old, old_masks, kwargs
+        )
         if not self._reducing:
             rows.record(self.shape.layers)
             return kwargs

@@ -1,7 +1,8 @@
 """The attention watch: the ordinary kernel runs, and on armed modules q and k are seen as well.
 
-A watched module gets a copy of its config that names our attention function; the model's own config,
-from which masks are made, stays as it is. Nothing else is replaced, no attention map is asked for.
+A watched module gets a copy of its config that names our attention function; the model's own
+config, from which masks are made, stays as it is. Nothing else is replaced, no attention map is
+asked for.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def _watched(
     scale = kwargs.get("scaling")
     shown.show(Seen(query, key, query.shape[-1] ** -0.5 if scale is None else scale))
     eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(shown.config._attn_implementation, eager)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(
+        shown.config._attn_implementation, cast(Callable[..., Any], eager)
+    )
     out = kernel(_Plain(module, shown.config), query, key, value, attention_mask, **kwargs)
     return cast(tuple[Tensor, Tensor | None], out)

@@ -1,7 +1,7 @@
 """The oracle: dropping rows must equal masking them.
 
-The untouched text model runs on the whole prompt, with every row that the report calls gone hidden by
-a 4-D mask, layer by layer; and with the survivors' vectors where a method blended some.
+The untouched text model runs on the whole prompt, with every row that the report calls gone hidden
+by a 4-D mask, layer by layer; and with the survivors' vectors where a method blended some.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def spying(module: Any, store: dict[str, Any]):
 
 
 @torch.no_grad()
-def reduced_run(model: Any, recipe: foveate.Recipe, inputs: dict[str, Any], steps: int, **more: Any) -> Run:
+def reduced_run(
+    model: Any, recipe: foveate.Recipe, inputs: dict[str, Any], steps: int, **more: Any
+) -> Run:
     first: dict[str, Any] = {}
     layer = family(model).text(model).layers[0]
     with foveate.reduced(model, recipe) as report, spying(layer, first):
@@ -78,7 +80,8 @@ def masked_logits(model: Any, inputs: dict[str, Any], run: Run) -> Tensor:
         return lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks[index]})
 
     hooks = [
-        layer.register_forward_pre_hook(use(i), with_kwargs=True) for i, layer in enumerate(text.layers)
+        layer.register_forward_pre_hook(use(i), with_kwargs=True)
+        for i, layer in enumerate(text.layers)
     ]
     try:
         out = text(

@@ -60,7 +60,9 @@ def test_static_cache_equals_dynamic(models, family: str, images: list[int]) -> 
     model, inputs = models(family), batch(family, images)
     static = {"cache_implementation": "static", "disable_compile": True}
     with foveate.reduced(model, BOTH):
-        assert torch.allclose(logits_of(model, inputs, **static), logits_of(model, inputs), atol=2e-6)
+        assert torch.allclose(
+            logits_of(model, inputs, **static), logits_of(model, inputs), atol=2e-6
+        )
 
 
 @pytest.mark.parametrize("recipe", [BOTH, foveate.recipe("prumerge")], ids=["fixed", "adaptive"])
@@ -308,10 +310,17 @@ def test_a_cache_of_another_recipe(models) -> None:
 def test_a_window_shorter_than_the_prompt() -> None:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    text = tiny.text_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0)
+    text = tiny.text_config(
+        "qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0
+    )
     config = LlavaConfig(
-        vision_config=tiny._clip("clip_vision_model"), text_config=text, image_token_index=tiny.IMAGE
+        vision_config=tiny._clip("clip_vision_model"),
+        text_config=text,
+        image_token_index=tiny.IMAGE,
     )
     model = tiny._ready(LlavaForConditionalGeneration(config))
-    with foveate.reduced(model, BOTH), pytest.raises(ValueError, match="windows? layers of 16 rows|16 rows"):
+    with (
+        foveate.reduced(model, BOTH),
+        pytest.raises(ValueError, match="layers of 16 rows"),
+    ):
         model(**batch("llava", [1]))

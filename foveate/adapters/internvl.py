@@ -1,7 +1,7 @@
 """InternVL: tiles of 448 px, 32 × 32 patches, pixel shuffle 4 → 1 before the projector.
 
-Quirks: the model is not told which tiles belong to one image, so every tile is a group of its own. A
-token is four patches; their queries and keys are averaged to the token grid.
+Quirks: the model is not told which tiles belong to one image, so every tile is a group of its own.
+A token is four patches; their queries and keys are averaged to the token grid.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ class InternVL(Adapter):
         return pool(q), pool(k), torch.arange(1, patches.shape[0] + 1, device=q.device)
 
     def shrink(
-        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink, count: Callable[[int], int]
+        self,
+        model: nn.Module,
+        modality: str,
+        call: Mapping[str, Any],
+        shape: Shrink,
+        count: Callable[[int], int],
     ) -> tuple[dict[str, Any], list[tuple[tuple[int, int], tuple[int, int]]]]:
         config = cast(Any, model.config)
         pixels, patch = call["pixel_values"], config.vision_config.patch_size[0]

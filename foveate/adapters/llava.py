@@ -1,7 +1,7 @@
 """LLaVA-1.5 and everything behind ``LlavaForConditionalGeneration``: CLIP, SigLIP, DINOv2 encoders.
 
-Quirks: the select strategy ``default`` drops the first row, which then is [CLS]; ``full`` keeps every
-row, and an encoder used so (SigLIP) has none.
+Quirks: the select strategy ``default`` drops the first row, which then is [CLS]; ``full`` keeps
+every row, and an encoder used so (SigLIP) has none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ class Llava(Adapter):
         return whole_images(seen, has_cls=strategy == "default")
 
     def shrink(
-        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink, count: Callable[[int], int]
+        self,
+        model: nn.Module,
+        modality: str,
+        call: Mapping[str, Any],
+        shape: Shrink,
+        count: Callable[[int], int],
     ) -> tuple[dict[str, Any], list[tuple[tuple[int, int], tuple[int, int]]]]:
         tower = cast(nn.Module, self.base(model).vision_tower)
         patch = cast(Any, tower.config).patch_size
@@ -41,7 +46,9 @@ class Llava(Adapter):
         small = shape(grid, count(grid[0] * grid[1]))
         smaller = {**call, "pixel_values": resized(pixels, small[0] * patch, small[1] * patch)}
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
-            smaller["interpolate_pos_encoding"] = True  # CLIP and SigLIP ask; DINOv2 does it unasked
+            smaller["interpolate_pos_encoding"] = (
+                True  # CLIP and SigLIP ask; DINOv2 does it unasked
+            )
         return smaller, [(grid, small)] * pixels.shape[0]
 
 

@@ -1,9 +1,10 @@
-"""LLaVA-OneVision: images as one crop plus anyres tiles with newline tokens, video pooled 27² → 14².
+"""LLaVA-OneVision: images as one crop plus anyres tiles with newline tokens, video pooled to 14².
 
-Quirks: packing (unpad, interpolate, newline tokens) lies between the projector and the LLM, so methods
-of site ``features`` act on the packed tokens. What the encoder's attention saw goes through the very
-same packing; newline tokens were seen by nobody and get zero queries and keys. A video is one item:
-its frames are groups, and the newline token at its end is a group of one that entrance methods keep.
+Quirks: packing (unpad, interpolate, newline tokens) lies between the projector and the LLM, so
+methods of site ``features`` act on the packed tokens. What the encoder's attention saw goes
+through the very same packing; newline tokens were seen by nobody and get zero queries and keys. A
+video is one item: its frames are groups, and the newline token at its end is a group of one that
+entrance methods keep.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class LlavaOnevision(Adapter):
         config = cast(Any, model.config)
         return {"image": config.image_token_id, "video": config.video_token_id}
 
-    def groups(self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]) -> list[list[int]]:
+    def groups(
+        self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
+    ) -> list[list[int]]:
         if modality == "image":
             return [[size] for size in sizes]
         frames = call["pixel_values_videos"].shape[1]
@@ -48,7 +51,9 @@ class LlavaOnevision(Adapter):
             for a, b in zip(pack(model, call, q), pack(model, call, k), strict=True)
         ]
 
-    def _packed_images(self, model: nn.Module, call: Mapping[str, Any], rows: Tensor) -> list[Tensor]:
+    def _packed_images(
+        self, model: nn.Module, call: Mapping[str, Any], rows: Tensor
+    ) -> list[Tensor]:
         """(tiles, H, N, d) to one (H, tokens, d) per image, packed as the features are."""
         base = cast(Any, self.base(model))
         heads, flat = rows.shape[1], rows.transpose(1, 2).flatten(2)
@@ -69,17 +74,23 @@ class LlavaOnevision(Adapter):
         )
 
         sizes, images = call["image_sizes"], call.get("batch_num_images")
-        alone = [True] * len(sizes) if images is None else [n == 1 for n in images for _ in range(n)]
+        alone = (
+            [True] * len(sizes) if images is None else [n == 1 for n in images for _ in range(n)]
+        )
         config = base.config
         return [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            image_size_to_num_patches(
+                size, config.image_grid_pinpoints, config.vision_config.image_size
+            )
             if patched
             else 1
             for size, patched in zip(sizes, alone, strict=True)
         ]
 
-    def _packed_frames(self, model: nn.Module, call: Mapping[str, Any], rows: Tensor) -> list[Tensor]:
-        """(videos·frames, H, N, d) to one (H, tokens, d) per frame, and one row per newline token."""
+    def _packed_frames(
+        self, model: nn.Module, call: Mapping[str, Any], rows: Tensor
+    ) -> list[Tensor]:
+        """(videos·frames, H, N, d) to one (H, tokens, d) per frame, and one row a newline."""
         base = cast(Any, self.base(model))
         heads, flat = rows.shape[1], rows.transpose(1, 2).flatten(2)
         pooled = base.apply_pooling(flat).unflatten(2, (heads, -1)).transpose(1, 2)

@@ -1,8 +1,9 @@
 """Qwen2.5-VL: dynamic resolution, windowed encoder, 2 × 2 patch merger, M-RoPE.
 
-Quirks: survivors keep their 3-D positions. The encoder works in window order and merges four patches
-into a token, so observations are averaged over the four and put back into raster order. Its last layer
-attends to the whole image (or frame), one call each. Every temporal step of a video is a group.
+Quirks: survivors keep their 3-D positions. The encoder works in window order and merges four
+patches into a token, so observations are averaged over the four and put back into raster order.
+Its last layer attends to the whole image (or frame), one call each. Every temporal step of a video
+is a group.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Qwen25VL(Adapter):
         config = cast(Any, model.config)
         return {"image": config.image_token_id, "video": config.video_token_id}
 
-    def groups(self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]) -> list[list[int]]:
+    def groups(
+        self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
+    ) -> list[list[int]]:
         steps = [t for t, _, _ in _grid(modality, call)]
         return [[size // t] * t for size, t in zip(sizes, steps, strict=True)]
 
@@ -47,10 +50,10 @@ class Qwen25VL(Adapter):
         back = _window_order(visual, call[f"{modality}_grid_thw"]).argsort()
         sizes = [h * w // 4 for t, h, w in _grid(modality, call) for _ in range(t)]
 
-        def tokens(name: str) -> Sequence[Tensor]:
+        def tokens(name: str) -> list[Tensor]:
             rows = torch.cat([getattr(s, name)[0] for s in seen], dim=1)  # (H, patches, d)
             pooled = rows.unflatten(1, (-1, visual.spatial_merge_unit)).mean(2)
-            return pooled[:, back].split(sizes, dim=1)
+            return list(torch.split(pooled[:, back], sizes, dim=1))
 
         return [
             Observed(q, k, torch.arange(q.shape[1], device=q.device), None, seen[0].scale)
@@ -58,7 +61,12 @@ class Qwen25VL(Adapter):
         ]
 
     def shrink(
-        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink, count: Callable[[int], int]
+        self,
+        model: nn.Module,
+        modality: str,
+        call: Mapping[str, Any],
+        shape: Shrink,
+        count: Callable[[int], int],
     ) -> tuple[dict[str, Any], list[tuple[tuple[int, int], tuple[int, int]]]]:
         config = cast(Any, model.config).vision_config
         pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
@@ -107,6 +115,14 @@ def _patches(frames: Tensor, t: int, config: Any) -> Tensor:
     """Inverse of :func:`_frames`."""
     p, m, (height, width) = config.patch_size, config.spatial_merge_size, frames.shape[-2:]
     x = frames.view(
-        t, config.temporal_patch_size, config.in_channels, height // (m * p), m, p, width // (m * p), m, p
+        t,
+        config.temporal_patch_size,
+        config.in_channels,
+        height // (m * p),
+        m,
+        p,
+        width // (m * p),
+        m,
+        p,
     )
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * (height // p) * (width // p), -1)
