@@ -15,7 +15,7 @@ _BYTES = 64 << 20
 
 
 def observed(name: str, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, H, L, d), k (B, Hkv, L, d) and at (B, N) of the attention just crossed.
+    """The q (B, H, L, d), k (B, Hkv, L, d) and at (B, N) of the attention just crossed.
 
     Raises:
         ValueError: when nothing was observed.

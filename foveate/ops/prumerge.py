@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from foveate.ops.attention import cls_attention, observed, one_head
 from foveate.ops.rows import slots, take
@@ -52,7 +52,8 @@ def merge(image: Image, kept: Tensor, count: Tensor, rule: Rule) -> Reduction:
     """Keep some tokens, add to each its nearest neighbours, and append the sum of the pruned ones.
 
     The extra token's slot is the largest one not kept. A pruned token's group is the most similar
-    survivor that took it as a neighbour, else the extra token, else -1.
+    survivor that took it as a neighbour, else the extra token, else -1; the token that lends the
+    extra one its slot belongs to it.
 
     Args:
         image: the images.
@@ -80,9 +81,9 @@ def merge(image: Image, kept: Tensor, count: Tensor, rule: Rule) -> Reduction:
         group = torch.where(group < 0, number, group)
     else:
         keep = kept
-    # Of the kept slots, each is its own group; padded ones write to a place that is cut off.
-    home = torch.where(real, kept, size)
-    group = torch.nn.functional.pad(group, (0, 1)).scatter(1, home, slots(kept))[:, :size]
+    # Whoever lends a survivor its slot is part of it; padding writes to a place that is cut off.
+    home = keep.masked_fill(slots(keep) >= number + int(rule.extra), size)
+    group = pad(group, (0, 1)).scatter(1, home, slots(keep))[:, :size]
     done = Reduction(keep=keep, count=count + int(rule.extra), x=x, group=group)
     return _raster(done, size) if rule.order == "raster" else done
 
