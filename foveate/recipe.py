@@ -70,7 +70,7 @@ class Recipe:
         if made_for and model_type and made_for != model_type and self.schedule.alive:
             raise ValueError(
                 f"The recipe was made for {made_for!r} and this model is {model_type!r}; search "
-                "one for it, or remove model_type from the recipe's provenance to try it all the same."
+                "one for it, or remove model_type from the recipe's provenance to try it anyway."
             )
         return replace(self, schedule=self.schedule.resolve(layers))
 

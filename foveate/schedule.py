@@ -1,4 +1,4 @@
-"""Schedules: how many vision tokens are alive, boundary by boundary. They know no method or model."""
+"""Schedules: how many vision tokens are alive, by boundary. They know no method or model."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Schedule:
 
     @classmethod
     def stretched(cls, curve: Sequence[float], keep: float | None = None) -> Schedule:
-        """A published curve, interpolated to another depth and scaled to a mean of ``keep``."""
+        """A published curve, interpolated to another depth, scaled to a mean of ``keep``."""
         numbers: dict[str, Any] = {"curve": tuple(float(a) for a in curve)}
         if keep is not None:
             numbers["keep"] = _fraction(keep)
@@ -126,7 +126,7 @@ class Schedule:
         return replace(self, alive=_falling(curve), shape="", numbers=())
 
     def count(self, boundary: int, tokens: int) -> int:
-        """Tokens alive of ``tokens`` original ones: floor, but at least 1 if ``alive`` is above 0."""
+        """Tokens alive of ``tokens`` original ones: floor, but at least 1 if alive is above 0."""
         fraction = self.alive[boundary]
         return max(int(tokens * fraction + _EPSILON), int(fraction > 0 and tokens > 0))
 
@@ -239,6 +239,8 @@ def _stretched(layers: int, *, curve: Sequence[float], keep: float | None = None
 
 def _scaled(base: Sequence[float], keep: float) -> list[float]:
     """``base`` times the factor that makes its mean ``keep``; full layers stay full."""
+    if keep == 1.0:
+        return [1.0] * len(base)
     full = sum(a >= 1.0 for a in base)
     if keep * len(base) < full:
         raise ValueError(

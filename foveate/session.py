@@ -38,7 +38,7 @@ _INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 @contextmanager
 def reduced(model: nn.Module, recipe: Recipe) -> Iterator[Report]:
-    """Run a model with a recipe inside the block: ``with reduced(model, recipe) as report: …``.
+    """Run a model with a recipe inside a ``with`` block.
 
     Args:
         model: a Hugging Face multimodal model, as loaded.

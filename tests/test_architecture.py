@@ -1,0 +1,69 @@
+"""The shape of the package: what imports what, and what an import pulls in."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import foveate
+
+ROOT = Path(foveate.__file__).parent
+EXTRAS = ("typer", "rich", "matplotlib", "skimage", "PIL", "scipy", "optuna", "peft", "easy_vqa")
+
+
+def imported(file: Path) -> set[str]:
+    """Modules that a file imports anywhere."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("folder", ["reducers", "ops"])
+def test_methods_know_no_model(folder: str) -> None:
+    for file in (ROOT / folder).glob("*.py"):
+        for name in imported(file):
+            assert name.split(".")[0] in {*sys.stdlib_module_names, "torch", "foveate"}, (
+                file,
+                name,
+            )
+            if name.startswith("foveate"):
+                assert name.startswith(("foveate.reducer", "foveate.ops")), (file, name)
+
+
+@pytest.mark.parametrize("leaf", ["cli", "bench", "trace", "evaluate"])
+def test_leaves_do_not_reach_inside(leaf: str) -> None:
+    inside = {"foveate.session", "foveate.prompt", "foveate.entrance", "foveate.watch"}
+    for file in ROOT.glob(f"{leaf}.py"):
+        assert not imported(file) & inside
+
+
+def test_the_core_knows_no_leaf() -> None:
+    core = "reducer schedule recipe adapter session report cost prompt entrance watch".split()
+    leaves = ("cli", "bench", "trace", "evaluate", "tasks", "pinhole", "shapes")
+    for module in core:
+        for name in imported(ROOT / f"{module}.py"):
+            assert not name.startswith(tuple(f"foveate.{leaf}" for leaf in leaves)), (module, name)
+
+
+def test_a_bare_import_pulls_in_no_extra() -> None:
+    code = f"import foveate, sys; print([m for m in {EXTRAS} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # transformers itself imports what is installed; only what foveate adds counts
+    plain = (
+        f"import transformers.modeling_utils, sys; print([m for m in {EXTRAS} if m in sys.modules])"
+    )
+    base = subprocess.run([sys.executable, "-c", plain], capture_output=True, text=True, check=True)
+    assert set(ast.literal_eval(run.stdout)) <= set(ast.literal_eval(base.stdout))
+
+
+def test_the_public_names() -> None:
+    assert foveate.__all__ == sorted(foveate.__all__)
+    assert all(vars(foveate)[name] is not None for name in foveate.__all__)
