@@ -110,7 +110,9 @@ def skeleton(
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.to_empty(device="cpu")
-    model.load_state_dict(dict(state), assign=True)
+    known = model.state_dict()
+    named = {name if name in known else convert.older_name(name): t for name, t in state.items()}
+    model.load_state_dict(named, assign=True)
     model.tie_weights()
     fresh = type(model.model.language_model.rotary_emb)(config.text_config)
     model.model.language_model.rotary_emb = fresh

@@ -77,6 +77,13 @@ def _vision_name(name: str) -> str:
     return name
 
 
+def older_name(name: str) -> str:
+    """A vision tensor's name in transformers before 5.20 or so: the names of the ONNX file."""
+    for old, new in _ONNX_NAMES.items():
+        name = name.replace(f".{new}.", f".{old}.") if ".vision_tower." in name else name
+    return name
+
+
 def language_state(path: Path) -> State:
     """``LlamaModel`` weights out of the GGUF file, dequantised."""
     reader = _reader(path)
