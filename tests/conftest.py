@@ -1,15 +1,18 @@
-"""Session-scoped tiny models, one per family."""
+"""Session-scoped tiny models, and the method × family matrix that the contract tests produce."""
 
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-import torch
 
-torch.set_num_threads(2)
+import foveate
+
+MATRIX = Path(foveate.__file__).parent / "matrix.json"
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,53 @@ def models():
         return tiny.FAMILIES[name].build()
 
     return build
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-matrix", action="store_true", help="write foveate/matrix.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-matrix"):
+        config.pluginmanager.register(Matrix(), "foveate-matrix")
+
+
+class Matrix:
+    """Collects the contract's outcomes: a cell works when every test of it passed."""
+
+    def __init__(self) -> None:
+        self.cells: dict[tuple[str, str], set[str]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
+        report = yield
+        called = getattr(item, "callspec", None)
+        if "test_contract" in item.nodeid and called and "method" in called.params:
+            cell = self.cells.setdefault((called.params["family"], called.params["method"]), set())
+            if report.failed:
+                cell.add(f"fails {item.name.split('[')[0]}")
+            elif report.skipped and "works here" not in str(report.longrepr):
+                cell.add(str(report.longrepr[2]).removeprefix("Skipped: "))
+        return report
+
+    def pytest_sessionfinish(self) -> None:
+        from foveate.adapter import family
+
+        rows = []
+        for name, tiny_family in tiny.FAMILIES.items():
+            model = tiny_family.build()
+            found = {
+                m: "; ".join(sorted(said)) or "works"
+                for (f, m), said in self.cells.items()
+                if f == name
+            }
+            rows.append(
+                {
+                    "family": family(model).family,
+                    "model_type": model.config.model_type,
+                    "encoder": model.config.vision_config.model_type,
+                    "status": "tested" if found else "untested",
+                    "methods": dict(sorted(found.items())),
+                }
+            )
+        MATRIX.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

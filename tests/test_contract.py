@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import oracle
 import pytest
 import tiny
 import torch
+from conftest import MATRIX
 
 import foveate
 from foveate import Recipe, Schedule
@@ -175,3 +177,10 @@ def test_refusals_say_why(models, method: str, family: str) -> None:
         pytest.skip("works here")
     with pytest.raises(NotImplementedError, match=REFUSED[method, family]):
         oracle.reduced_run(models(family), recipe_of(method), batch(family, [1]), 1)
+
+
+def test_the_committed_matrix_is_complete() -> None:
+    """``make matrix`` writes it from these tests; a new method or family makes it stale."""
+    rows = json.loads(MATRIX.read_text())["rows"]
+    assert len(rows) == len(FAMILIES)
+    assert all(sorted(row["methods"]) == METHODS for row in rows)
