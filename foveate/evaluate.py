@@ -66,7 +66,10 @@ def evaluate(
         if advance:
             advance(len(examples))
     low, high = interval(scores)
-    by = {k: _mean([s for s, kind in zip(scores, kinds, strict=True) if kind == k]) for k in set(kinds)}
+    by = {
+        k: _mean([s for s, kind in zip(scores, kinds, strict=True) if kind == k])
+        for k in set(kinds)
+    }
     by = {k: by[k] for k in sorted(by) if k}
     n, score = _mean(scores)
     return Result(task.name, n, score, low, high, by, tuple(answers))

@@ -1,0 +1,385 @@
+"""``shape:<name>`` models: published configurations with random weights, and prompts made for them.
+
+Speed and memory depend on sizes and not on what was learned, so these stand in for checkpoints nobody
+wants to download in order to time them. Their answers mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapter import family
+from foveate.reducer import unknown
+
+PREFIX = "shape:"
+_BLOCK = 1_048_583  # prime, so that the rows of no matrix repeat
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A synthetic prompt.
+
+    Attributes:
+        batch: samples.
+        images: images of each sample; on InternVL, tiles.
+        frames: frames of one video per sample, instead of images.
+        text_tokens: text tokens of each sample, before and after the images together.
+        image_size: (height, width) in pixels; None means what the family's encoder was made for.
+        ragged: every further sample has one text token less, and the batch is padded on the left.
+        seed: of pixels and text.
+    """
+
+    batch: int = 1
+    images: int = 1
+    frames: int = 0
+    text_tokens: int = 40
+    image_size: tuple[int, int] | None = None
+    ragged: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("images", 1), ("frames", 0), ("text_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least {least}.")
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """What the encoder gets, and the vision tokens it makes of each item (image or video)."""
+
+    modality: str
+    tokens: list[int]
+    inputs: dict[str, Any]
+
+
+def names() -> tuple[str, ...]:
+    """The shapes that :func:`build` knows."""
+    return tuple(_SHAPES)
+
+
+def build(
+    name: str, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> Any:
+    """A model of a published configuration with random weights, in eval mode.
+
+    Args:
+        name: with or without ``shape:``.
+        dtype: of all weights; they are made in it, so a 7B model takes 15 GB in bfloat16.
+        device: where they are made.
+
+    Raises:
+        ValueError: for a name that does not exist, with the nearest that does.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    name = name.removeprefix(PREFIX)
+    if name not in _SHAPES:
+        raise ValueError(unknown("shape", name, _SHAPES))
+    config = _SHAPES[name]()
+    with torch.device(device), no_init_weights():
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.tie_weights()
+    fill(model)
+    model.generation_config.eos_token_id = None  # random weights must not stop early
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int = 0) -> None:
+    """Weights of fan-in scale, norms of one, biases of zero: activations stay finite in bfloat16.
+
+    Values are drawn once and repeated: filling 7B parameters takes seconds and no memory of its own.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    block = torch.rand(_BLOCK, generator=draw).mul_(2).sub_(1)
+    scaled: dict[Any, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and name.endswith(("weight", "bias")):
+            parameter.fill_(float(name.endswith("weight")))
+            continue
+        fan_in = parameter.numel() // parameter.shape[0] if parameter.ndim > 1 else 300
+        key = (fan_in, parameter.device, parameter.dtype)
+        if key not in scaled:
+            scaled[key] = (block * math.sqrt(3 / fan_in)).to(parameter.device, parameter.dtype)
+        for part in parameter.view(-1).split(_BLOCK):
+            part.copy_(scaled[key][: len(part)])
+
+
+def inputs(model: nn.Module, prompt: Prompt) -> dict[str, Any]:
+    """The arguments of ``forward`` for a synthetic prompt, on the model's device and in its dtype.
+
+    Raises:
+        ValueError: for a family without a prompt here, or a video on a family that takes none.
+    """
+    adapter = family(model)
+    config = cast(Any, model.config)
+    if config.model_type not in _PIXELS:
+        raise ValueError(
+            f"foveate cannot make a synthetic prompt for {config.model_type!r}; it can for "
+            f"{', '.join(_PIXELS)}."
+        )
+    pixels = _PIXELS[config.model_type](model, prompt)
+    placeholder = adapter.placeholders(model)[pixels.modality]
+    rows = _rows(model, prompt, pixels.tokens, placeholder)
+    width = max(map(len, rows))
+    made: dict[str, Any] = dict(pixels.inputs)
+    made["input_ids"] = torch.stack([nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    if min(map(len, rows)) < width:
+        full = [nn.functional.pad(torch.ones_like(r), (width - len(r), 0)) for r in rows]
+        made["attention_mask"] = torch.stack(full)
+    if config.model_type == "qwen2_5_vl":
+        kind = {"image": 1, "video": 2}[pixels.modality]
+        made["mm_token_type_ids"] = (made["input_ids"] == placeholder).int() * kind
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in made.items()
+    }
+
+
+def text_only(model: nn.Module, batch: int, rows: int, seed: int = 0) -> dict[str, Any]:
+    """A prompt of ``rows`` text tokens per sample and no image."""
+    ids = _words(model, batch * rows, seed).view(batch, rows)
+    return {"input_ids": ids.to(next(model.parameters()).device)}
+
+
+def _rows(model: nn.Module, prompt: Prompt, tokens: list[int], placeholder: int) -> list[Tensor]:
+    """The input ids of each sample, ``tokens`` being the vision tokens of every item in turn."""
+    per_sample = len(tokens) // prompt.batch
+    items: Iterator[int] = iter(tokens)
+    rows = []
+    for b in range(prompt.batch):
+        count = max(2, prompt.text_tokens - b * prompt.ragged)
+        words = _words(model, count, prompt.seed + b)
+        parts = [words[:1]]
+        for i in range(per_sample):
+            parts.append(torch.full((next(items),), placeholder))
+            parts.append(words[1 + i : 2 + i] if i + 1 < per_sample else words[1 + i :])
+        rows.append(torch.cat(parts))
+    return rows
+
+
+def _words(model: nn.Module, count: int, seed: int) -> Tensor:
+    """Random text ids, none of them a placeholder or among the first few special ones."""
+    known = cast(Any, model.config).get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, min(known, 30_000), (count,), generator=draw)
+    for placeholder in family(model).placeholders(model).values():
+        words[words == placeholder] = 3
+    return words
+
+
+def _noise(prompt: Prompt, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(prompt.seed))
+
+
+def _no_video(model: nn.Module, prompt: Prompt) -> None:
+    if prompt.frames:
+        kind = family(model).family
+        raise ValueError(f"{kind} takes no video, frames={prompt.frames}; give images instead.")
+
+
+def _llava_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
+    _no_video(model, prompt)
+    config = cast(Any, model.config)
+    vision = config.vision_config
+    side = vision.image_size
+    if vision.model_type == "dinov2":  # its position grid is not the size it is used at
+        side = math.isqrt(config.image_seq_length) * vision.patch_size
+    height, width = prompt.image_size or (side, side)
+    count = prompt.batch * prompt.images
+    each = (height // vision.patch_size) * (width // vision.patch_size)
+    return _Pixels(
+        "image", [each] * count, {"pixel_values": _noise(prompt, count, 3, height, width)}
+    )
+
+
+def _onevision_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
+    config = cast(Any, model.config)
+    side = config.vision_config.image_size
+    if prompt.frames:
+        each = math.ceil(side // config.vision_config.patch_size / 2) ** 2
+        pixels = _noise(prompt, prompt.batch, prompt.frames, 3, side, side)
+        tokens = [each * prompt.frames + 1] * prompt.batch
+        return _Pixels("video", tokens, {"pixel_values_videos": pixels})
+    from transformers.models.llava_onevision.modeling_llava_onevision import (
+        image_size_to_num_patches,
+    )
+
+    size = list(prompt.image_size or (side, side))
+    count = prompt.batch * prompt.images
+    alone = prompt.images == 1  # anyres tiles; several images get one tile each
+    tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, side) if alone else 1
+    given = {
+        "pixel_values": _noise(prompt, count, tiles, 3, side, side),
+        "image_sizes": torch.tensor([size] * count),
+        "batch_num_images": torch.tensor([prompt.images] * prompt.batch),
+    }
+    patches = (side // config.vision_config.patch_size) ** 2
+    base = cast(Any, family(model).base(model))
+    packed, _ = base.pack_image_features(
+        [torch.zeros(tiles, patches, 1)],
+        torch.tensor([size]),
+        image_newline=torch.zeros(1),
+        vision_aspect_ratio=config.vision_aspect_ratio,
+    )
+    return _Pixels("image", [len(packed[0])] * count, given)
+
+
+def _qwen_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
+    vision = cast(Any, model.config).vision_config
+    patch, merge = vision.patch_size, vision.spatial_merge_size
+    step = patch * merge
+    size = prompt.image_size or (24 * step, 24 * step)
+    height, width = (max(1, round(s / step)) * merge for s in size)
+    times = math.ceil(prompt.frames / vision.temporal_patch_size) if prompt.frames else 1
+    items = prompt.batch * (1 if prompt.frames else prompt.images)
+    values = vision.in_channels * vision.temporal_patch_size * patch * patch
+    pixels = _noise(prompt, items * times * height * width, values)
+    grid = torch.tensor([[times, height, width]] * items)
+    tokens = [times * height * width // merge**2] * items
+    if prompt.frames:
+        return _Pixels("video", tokens, {"pixel_values_videos": pixels, "video_grid_thw": grid})
+    return _Pixels("image", tokens, {"pixel_values": pixels, "image_grid_thw": grid})
+
+
+def _internvl_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
+    """One tile per image; a frame of a video is a tile as well."""
+    config = cast(Any, model.config)
+    side, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
+    count = prompt.batch * (prompt.frames or prompt.images)
+    each = int(side // patch * config.downsample_ratio) ** 2
+    return _Pixels("image", [each] * count, {"pixel_values": _noise(prompt, count, 3, side, side)})
+
+
+_PIXELS: Mapping[str, Callable[[nn.Module, Prompt], _Pixels]] = {
+    "llava": _llava_pixels,
+    "llava_onevision": _onevision_pixels,
+    "qwen2_5_vl": _qwen_pixels,
+    "internvl": _internvl_pixels,
+}
+
+
+def _qwen2(
+    width: int, mlp: int, layers: int, heads: int, kv: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": False,
+    } | more
+
+
+def _llava_15_7b() -> Any:
+    """llava-hf/llava-1.5-7b-hf: CLIP ViT-L/14 at 336 px, Vicuna 7B."""
+    from transformers import LlavaConfig
+
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
+    text = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    }
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
+
+
+def _onevision(text: dict[str, Any]) -> Any:
+    """llava-hf/llava-onevision-qwen2-*-ov-hf: SigLIP so400m/14 at 384 px (26 layers), Qwen2."""
+    from transformers import LlavaOnevisionConfig
+
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    tied = text["tie_word_embeddings"]
+    return LlavaOnevisionConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied)
+
+
+def _qwen25vl(text: dict[str, Any]) -> Any:
+    """Qwen/Qwen2.5-VL-*-Instruct: windowed ViT of 32 layers, M-RoPE."""
+    from transformers import Qwen2_5_VLConfig
+
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text | {"model_type": "qwen2_5_vl_text", "rope_parameters": rope},
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def _internvl3(text: dict[str, Any]) -> Any:
+    """OpenGVLab/InternVL3-*-hf: InternViT-300M at 448 px, Qwen2.5."""
+    from transformers import InternVLConfig
+
+    return InternVLConfig(vision_config={}, text_config=text, tie_word_embeddings=False)
+
+
+_SHAPES: Mapping[str, Callable[[], Any]] = {
+    "llava-1.5-7b": _llava_15_7b,
+    "llava-onevision-0.5b": lambda: _onevision(
+        _qwen2(896, 4864, 24, 14, 2, 152000, tie_word_embeddings=True)
+    ),
+    "llava-onevision-7b": lambda: _onevision(_qwen2(3584, 18944, 28, 28, 4, 152128)),
+    "qwen2.5-vl-3b": lambda: _qwen25vl(
+        _qwen2(2048, 11008, 36, 16, 2, 151936, tie_word_embeddings=True)
+    ),
+    "qwen2.5-vl-7b": lambda: _qwen25vl(_qwen2(3584, 18944, 28, 28, 4, 152064)),
+    "internvl3-1b": lambda: _internvl3(_qwen2(896, 4864, 24, 14, 2, 151674)),
+    "internvl3-2b": lambda: _internvl3(_qwen2(1536, 8960, 28, 12, 2, 151674)),
+}
