@@ -1,10 +1,11 @@
 """Speed and memory by stage: the untouched model and reduced ones, side by side in one process.
 
-What is timed, for every row alike: ``prefill_ms`` is one forward of the multimodal base model over the
-prompt *less* the time inside its vision encoder and projector. That leaves embedding, reducing, cutting,
-masks and the text model, but not lm_head; nothing that a recipe adds can hide. ``vision_ms`` is the
-encoder and projector, ``ttft_ms`` the whole forward with lm_head on the last row, ``decode_ms`` one
-further token. ``reduce_ms`` is the part of ``prefill_ms`` that the report calls reducing.
+What is timed, for every row alike: ``prefill_ms`` is one forward of the multimodal base model over
+the prompt *less* the time inside its vision encoder and projector. That leaves embedding, reducing,
+cutting, masks and the text model, but not lm_head; nothing that a recipe adds can hide.
+``vision_ms`` is the encoder and projector, ``ttft_ms`` the whole forward with lm_head on the last
+row, ``decode_ms`` one further token. ``reduce_ms`` is the part of ``prefill_ms`` that the report
+calls reducing.
 
 ``attainable_ms`` is what the same lengths cost without any method: the untouched model is timed on
 text-only prompts of every length n that occurs, in the same rounds, and Σ_l T(n_l)/L is the bound.
@@ -439,7 +440,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[list[int]]:
-    """Peak bytes inside the block, weights included: of torch's allocator on CUDA, of the process on Linux.
+    """Peak bytes inside the block, weights included: torch's on CUDA, the process's on Linux.
 
     The list stays empty where neither can be read.
     """
@@ -458,7 +459,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
 
 
 def _forget_peak() -> bool:
-    """Set the process's high-water mark back to what it uses now; False where that is not possible."""
+    """Set the process's high-water mark back to what it uses now; False where it cannot be."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,7 +1,7 @@
-"""``shape:<name>`` models: published configurations with random weights, and prompts made for them.
+"""``shape:<name>`` models: published configurations with random weights, and prompts for them.
 
-Speed and memory depend on sizes and not on what was learned, so these stand in for checkpoints nobody
-wants to download in order to time them. Their answers mean nothing.
+Speed and memory depend on sizes and not on what was learned, so these stand in for checkpoints
+nobody wants to download in order to time them. Their answers mean nothing.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def build(
 def fill(model: nn.Module, seed: int = 0) -> None:
     """Weights of fan-in scale, norms of one, biases of zero: activations stay finite in bfloat16.
 
-    Values are drawn once and repeated: filling 7B parameters takes seconds and no memory of its own.
+    Values are drawn once and repeated, which is fast and takes no memory of its own.
     """
     draw = torch.Generator().manual_seed(seed)
     block = torch.rand(_BLOCK, generator=draw).mul_(2).sub_(1)

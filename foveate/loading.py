@@ -1,0 +1,148 @@
+"""Opening what a user names: a model, a picture. What is wrong with it is said in one message."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from foveate import shapes
+from foveate.reducer import unknown
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PINHOLE = "pinhole"
+LARGEST = 100_000_000  # pixels of a picture
+_NAMES = "a Hub id (org/name), a local folder, pinhole, or shape:<name>"
+
+
+def model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """The model called ``name`` in eval mode, and its processor (None for ``shape:…``).
+
+    Args:
+        name: a Hub id, a local folder, ``pinhole`` or ``shape:<name>``.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 where the processor
+            computes in it, else float32.
+        device: ``cpu``, ``cuda``, ``cuda:1``, … or ``auto``: the accelerator if there is one.
+
+    Raises:
+        ValueError: for a name, dtype or device that cannot be had.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    if name.startswith(shapes.PREFIX):
+        return shapes.build(name, dtype=kind, device=place), None
+    if name == PINHOLE:
+        from foveate import pinhole
+
+        return pinhole.load(kind, place)
+    return _pretrained(name, kind, place)
+
+
+def picture(path: str | Path) -> Image.Image:
+    """The picture in a file, upright, as RGB; what is transparent becomes white.
+
+    Raises:
+        ValueError: for a file that is missing, unreadable, damaged or above 100 megapixels.
+    """
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise missing("pillow", "pinhole") from error
+    file = Path(path)
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"{path} {what}; give the file of a picture (JPEG, PNG, WebP, …).")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns where we refuse
+            image = Image.open(file)
+            _check_size(path, *image.size)
+            return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise ValueError(_too_large(path, "more than 178")) from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{path} is not a picture that Pillow can read; give a JPEG, PNG or WebP file."
+        ) from None
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}); get the file again or give another."
+        ) from None
+
+
+def missing(package: str, extra: str) -> ImportError:
+    """The error for an absent extra, with the line to type."""
+    return ImportError(f"This needs the package {package}: pip install 'foveate[{extra}]'")
+
+
+def _check_size(path: str | Path, width: int, height: int) -> None:
+    if width * height > LARGEST:
+        raise ValueError(_too_large(path, f"{width} × {height} = {width * height / 1e6:.0f}"))
+
+
+def _too_large(path: str | Path, megapixels: str) -> str:
+    return (
+        f"{path} has {megapixels} megapixels and at most {LARGEST // 1_000_000} are taken; models "
+        "look at a few hundred thousand pixels, so make it smaller first."
+    )
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits
+        grey = (image.convert("I") if image.mode.startswith("I") else image).convert("F")
+        high = float(cast(Any, grey.getextrema())[1])
+        white = next((w for w in (1.0, 255.0, 65535.0) if high <= w), high)
+        return grey.point(lambda v: v * (255 / white)).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"The device {name!r} cannot be used ({reason}); try --device cpu."
+        ) from None
+    return place
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in known:
+        raise ValueError(unknown("dtype", name, {**known, "auto": None}))
+    return known[name]
+
+
+def _pretrained(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    local = Path(name).is_dir()
+    if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        bundled = dict.fromkeys((PINHOLE, *(shapes.PREFIX + n for n in shapes.names())))
+        raise ValueError(f"{unknown('model', name, bundled)}\n--model takes {_NAMES}.")
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        made = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"The model {name!r} cannot be loaded: {first}\n--model takes {_NAMES}; it must be an "
+            "image-text-to-text model with its processor."
+        ) from None
+    return cast(Any, made).to(device).eval(), processor
