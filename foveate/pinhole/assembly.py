@@ -1,7 +1,7 @@
 """Putting pinhole together: published parts + trained weights -> a Hugging Face folder, once.
 
-The folder lives in the user's cache (``FOVEATE_CACHE`` overrides). It is built beside its final place,
-gets a manifest of checksums last and is renamed into place, so a folder either is whole or is rebuilt.
+The folder lives in the user's cache (``FOVEATE_CACHE`` overrides). It is built beside its final
+place, gets a manifest of checksums last and is renamed into place: it is whole or it is rebuilt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 VERSION = 1
-IMAGE_SIZE = 336
+IMAGE_SIZE = 224
 PATCH_SIZE = 14
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -43,14 +43,25 @@ def load(
 
     ``dtype`` defaults to bfloat16 on an accelerator and float32 on CPU.
     """
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration
 
     folder = path(untrained=untrained)
     place = torch.device(device or "cpu")
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    processor = LlavaProcessor.from_pretrained(folder)
-    return model.to(place).eval(), processor  # type: ignore[arg-type]
+    return model.to(place).eval(), read_processor(folder)  # type: ignore[arg-type]
+
+
+def read_processor(folder: Path) -> LlavaProcessor:
+    """The processor saved in ``folder``, giving the same pixels with and without torchvision.
+
+    ``from_pretrained`` would take torchvision's resizing, which differs, wherever it is installed.
+    """
+    from transformers import BitImageProcessorPil, LlavaProcessor
+
+    processor: LlavaProcessor = LlavaProcessor.from_pretrained(folder)
+    processor.image_processor = BitImageProcessorPil.from_pretrained(folder)
+    return processor
 
 
 def path(*, untrained: bool = False) -> Path:
@@ -61,6 +72,8 @@ def path(*, untrained: bool = False) -> Path:
     with _lock(target):
         if _whole(target):
             return target
+        for left in target.parent.glob(f"{_scratch(target)}*"):
+            shutil.rmtree(left, ignore_errors=True)
         if target.exists():
             _say(f"{target} is damaged; building it again")
             shutil.rmtree(target)
@@ -116,7 +129,8 @@ def skeleton(
     model.tie_weights()
     fresh = type(model.model.language_model.rotary_emb)(config.text_config)
     model.model.language_model.rotary_emb = fresh
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _build(target: Path, untrained: bool) -> None:
@@ -129,7 +143,7 @@ def _build(target: Path, untrained: bool) -> None:
             "python -m foveate.pinhole.train"
         )
     _say(f"assembling pinhole in {target} (once, about a minute)")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_scratch(target)) as scratch:
         work = Path(scratch)
         state, config, processor = base(work)
         if not untrained:
@@ -144,9 +158,14 @@ def _build(target: Path, untrained: bool) -> None:
         built.rename(target)
 
 
+def _scratch(target: Path) -> str:
+    """How the folders begin in which ``target`` is built; whoever holds the lock may remove them."""
+    return f".building-{target.name}-"
+
+
 def _version(untrained: bool) -> str:
     """Names everything the folder is made of; ten hex digits."""
-    known = [str(VERSION), parts.LANGUAGE.sha256, parts.VISION.sha256]
+    known = [str(VERSION), str(IMAGE_SIZE), parts.LANGUAGE.sha256, parts.VISION.sha256]
     if untrained or not weights.file().is_file():
         known.append("untrained" if untrained else "missing")
     else:
@@ -164,7 +183,7 @@ def _whole(folder: Path) -> bool:
     try:
         sums: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
         return bool(sums) and all(parts.sha256(folder / n) == s for n, s in sums.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -200,10 +219,10 @@ def _tokenizer(gguf: Path) -> Any:
 
 
 def _processor(tokenizer: Any) -> LlavaProcessor:
-    from transformers import BitImageProcessor, LlavaProcessor
+    from transformers import BitImageProcessorPil, LlavaProcessor
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = BitImageProcessor(
+    images = BitImageProcessorPil(
         do_resize=True,
         size=size,
         do_center_crop=False,
@@ -226,6 +245,7 @@ def _processor(tokenizer: Any) -> LlavaProcessor:
 def _config(language: dict[str, Any], image_token: int) -> LlavaConfig:
     from transformers import Dinov2Config, LlamaConfig, LlavaConfig
 
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     vision = Dinov2Config(
         hidden_size=384,
         num_hidden_layers=12,
@@ -242,9 +262,7 @@ def _config(language: dict[str, Any], image_token: int) -> LlavaConfig:
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **special,
     )
 
 
@@ -254,7 +272,7 @@ def _projector(vision: int, language: int) -> weights.State:
     name = "model.multi_modal_projector.linear_"
 
     def linear(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=seed) * columns**-0.5
+        return torch.randn(rows, columns, generator=seed).mul(columns**-0.5)
 
     return {
         f"{name}1.weight": linear(language, vision),

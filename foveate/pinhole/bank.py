@@ -1,4 +1,4 @@
-"""Images for training, kept as bytes on the training device, and the quick check during training."""
+"""Images for training, kept as bytes on the training device, and the quick check meanwhile."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Bank:
         parts = [
             self._photos(torch.from_numpy(batch["photo"]), torch.from_numpy(batch["flip"])),
             enlarge(self.easy[torch.from_numpy(batch["easy"]).to(device)]),
-            torch.from_numpy(batch["drawn"]).to(device).float(),
+            enlarge(torch.from_numpy(batch["drawn"]).to(device)),
         ]
         text = {
             k: torch.from_numpy(batch[k]).to(device)
@@ -53,7 +53,7 @@ class Bank:
 
 
 def enlarge(x: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to working size, as the processor does it (bicubic), in 0..255."""
+    """uint8 (B, 3, H, W) to working size, much as the processor does it (bicubic), in 0..255."""
     if x.shape[0] == 0:
         return x.new_zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float32)
     size = (IMAGE_SIZE, IMAGE_SIZE)
@@ -78,7 +78,7 @@ def _cropped(x: Tensor) -> Tensor:
     y = F.grid_sample(
         x, grid.to(x.device), mode="bicubic", padding_mode="reflection", align_corners=False
     )
-    gain, lift = torch.empty(2, n, 1, 1, 1).uniform_(-0.12, 0.12).to(x.device)
+    gain, lift = torch.empty(2, n, 1, 1, 1).uniform_(-0.12, 0.12).to(x.device).unbind(0)
     middle = y.mean((1, 2, 3), keepdim=True)
     return ((y - middle) * (1 + gain) + middle * (1 + lift)).clamp(0, 255)
 
@@ -90,9 +90,9 @@ def stored(images: Iterable[Image.Image], side: int) -> Tensor:
 
 
 class Check:
-    """A fixed sample of a task, scored by the training forward: right when every token is the argmax.
+    """A fixed sample of a task, scored by the training forward.
 
-    That is what greedy decoding gives. Choices are compared by likelihood.
+    Right when every token is the argmax, as greedy decoding gives it. Choices go by likelihood.
     """
 
     def __init__(self, task: Task, writer: Writer, count: int, batch: int) -> None:

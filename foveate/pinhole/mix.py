@@ -1,7 +1,7 @@
 """What pinhole is trained on: rows of packed questions about photos, shapes and drawn scenes.
 
-Yes and no are balanced for every thing asked about, in expectation over photos: a thing's negatives are
-sampled exactly as often as its positives, half of them from photos where it would be likely.
+Yes and no are balanced for every thing asked about, in expectation over photos: a thing's negatives
+are sampled exactly as often as its positives, half of them from photos where it would be likely.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Row:
-    """A training row before it is laid out. ``pixels``: drawn image, else ``index`` names a stored one."""
+    """A training row before it is laid out: a drawn image, or ``index`` of a stored one."""
 
     source: str
     segments: list[Segment]
@@ -85,7 +85,7 @@ class Writer:
         return head + image + self.ids("\n"), len(head)
 
     def lay(self, segments: Sequence[Segment], length: int = TEXT) -> dict[str, Array]:
-        """(S,) arrays text, segment, position, target, weight; segments that do not fit are left out."""
+        """(S,) arrays text, segment, position, target, weight; what does not fit is left out."""
         out = {n: np.zeros(length, np.int64) for n in ("text", "position")}
         out |= {n: np.full(length, v, np.int64) for n, v in (("segment", -1), ("target", -100))}
         out["weight"] = np.zeros(length, np.float32)
@@ -158,7 +158,9 @@ def _rates(table: Array) -> tuple[Array, Array]:
     """Chance that (photo, thing) is asked with yes and with no: two (photos, things) arrays."""
     shown, absent = table == 1, table == 0
     counts, gaps = shown.sum(0), absent.sum(0)
-    keep = np.minimum(np.sqrt(np.minimum(1.0, 1000 / np.maximum(counts, 1))), gaps / np.maximum(counts, 1))
+    keep = np.minimum(
+        np.sqrt(np.minimum(1.0, 1000 / np.maximum(counts, 1))), gaps / np.maximum(counts, 1)
+    )
     joint = shown.T.astype(float) @ shown
     chance = joint / np.maximum(np.diag(joint), 5)[:, None]
     likely = np.where(absent, (shown[:, :, None] * chance[None]).max(1) + 0.01, 0.0)
@@ -176,7 +178,7 @@ def _other(rng: random.Random, i: int, n: int) -> int:
 
 
 def _listed(names: list[str]) -> str:
-    """a dog / a dog and grass / a dog, grass and a ball."""
+    """A list in words: "a dog", "a dog and grass", "a dog, grass and a ball"."""
     return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
 
 
@@ -259,6 +261,7 @@ def _collate(rows: list[Row], writer: Writer) -> dict[str, Array]:
         batch[name] = np.array([r.index for r in rows if r.source == name], np.int64)
     batch["flip"] = np.array([r.flip for r in rows if r.source == "photo"], bool)
     drawn = [r.pixels for r in rows if r.pixels is not None]
-    batch["drawn"] = np.stack(drawn) if drawn else np.zeros((0, 3, 336, 336), np.uint8)
+    none = np.zeros((0, 3, scenes.SIZE, scenes.SIZE), np.uint8)
+    batch["drawn"] = np.stack(drawn) if drawn else none
     batch["ranked"] = np.array([r.ranked or (-1,) * RANKED for r in rows], np.int64)
     return batch

