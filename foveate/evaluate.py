@@ -1,6 +1,6 @@
 """Accuracy of a model on a task, with a 95 % confidence interval.
 
-Any Hugging Face image-text model with its processor will do; whatever is attached to the model stays.
+Any Hugging Face image-text model with its processor will do; what is attached to the model stays.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def evaluate(
 ) -> Result:
     """Answer every example of ``task`` greedily, or by likelihood where it has choices.
 
-    ``blank`` replaces every image by a plain one of mean colour: what the questions alone give away.
+    ``blank`` replaces every image by one of mean colour: what the questions alone give away.
     ``likelihood`` compares choices by ``mean`` or ``sum`` of their tokens' log-probabilities.
     """
     answers: list[str] = []

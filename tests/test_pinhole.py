@@ -1,4 +1,4 @@
-"""pinhole: packing gives the losses of separate chats, weights merge, parts and folders are checked."""
+"""pinhole: packing equals separate chats, weights merge, parts and folders are checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE = 90
 
 
 def tiny() -> Any:
-    """A LLaVA of pinhole's layout with random weights: 3 layers of 192, DINOv2 of 3 layers of 128."""
+    """A LLaVA of pinhole's layout, random weights: 3 layers of 192, DINOv2 of 3 of 128."""
     from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)

@@ -28,9 +28,7 @@ def task(
     """The task of that name. ``data`` is a folder of photos, for the tasks that need one."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
-        raise ValueError(
-            f"no task {name!r}; did you mean {near!r}? Tasks: {', '.join(names())}"
-        )
+        raise ValueError(f"no task {name!r}; did you mean {near!r}? Tasks: {', '.join(names())}")
     if name == "easyvqa":
         from foveate.tasks.easyvqa import EasyVQA
 

@@ -28,7 +28,7 @@ def folder(data: str | Path | None = None) -> Path:
 
 
 def sentence(question: str) -> str:
-    """"what color is the box?" as a user would type it."""
+    """The question as a user would type it: "What color is the box?"."""
     return question[:1].upper() + question[1:]
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 class Example:
     """One question about one image.
 
-    ``choices`` empty: the answer is generated and compared. Otherwise the model's likelihood picks among
-    ``choices``, of which ``answer`` is one. ``meta`` says which kind of example it is.
+    ``choices`` empty: the answer is generated and compared. Otherwise the model's likelihood picks
+    among ``choices``, of which ``answer`` is one. ``meta`` says which kind of example it is.
     """
 
     image: Image.Image

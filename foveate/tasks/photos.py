@@ -61,7 +61,8 @@ def photos(data: str | Path | None, split: str) -> Photos:
     raise FileNotFoundError(
         f"no {split}.tar and {split}.jsonl in {' or '.join(str(p) for p in places)}.\n"
         'Name a folder that holds them, one {"image": ..., "captions": [...]} a line: '
-        "--data DIR --split S. Tasks that need no folder: easyvqa, scenes-where, scenes-count, scenes-words."
+        "--data DIR --split S. Tasks that need no folder: easyvqa, scenes-where, scenes-count, "
+        "scenes-words."
     )
 
 

@@ -1,7 +1,7 @@
 """Drawn scenes with known answers: where things are, how many there are, which word is written.
 
-Everything is drawn with Pillow at 336 px on plain, textured or photo backgrounds. Training and validation
-draw from different seeds; evaluation uses one phrasing a kind, training several.
+Everything is drawn with Pillow at 336 px on plain, textured or photo backgrounds. Training and
+validation draw from different seeds; evaluation uses one phrasing a kind, training several.
 """
 
 from __future__ import annotations
@@ -244,7 +244,11 @@ def _count_question(
         (level == "shape" or i.colour == colour) and (level == "colour" or i.shape == shape)
         for i in items
     )
-    forms = (f"How many {what} are there?", f"How many {what} are in the image?", f"Count the {what}.")
+    forms = (
+        f"How many {what} are there?",
+        f"How many {what} are in the image?",
+        f"Count the {what}.",
+    )
     return Question(rng.choice(forms) if varied else forms[0], str(count), f"count-{level}")
 
 
@@ -280,7 +284,7 @@ def _relations(rng: random.Random, a: Item, b: Item, varied: bool) -> list[Quest
     found = []
     for word, gap in (("left of", b.x - a.x), ("above", b.y - a.y)):
         if abs(gap) > 40:
-            forms = (f"Is the {a.name} {word} the {b.name}?",)
+            forms: tuple[str, ...] = (f"Is the {a.name} {word} the {b.name}?",)
             if varied and word == "left of":
                 forms += (f"Is the {a.name} to the left of the {b.name}?",)
             text = rng.choice(forms)
@@ -348,7 +352,9 @@ def _word_mask(text: str, size: int, angle: float) -> Image.Image:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("drawing words needs Pillow with FreeType: pip install -U 'pillow>=10.1'")
+        raise RuntimeError(
+            "drawing words needs Pillow with FreeType: pip install -U 'pillow>=10.1'"
+        )
     return font
 
 
