@@ -159,7 +159,7 @@ def _build(target: Path, untrained: bool) -> None:
 
 
 def _scratch(target: Path) -> str:
-    """How the folders begin in which ``target`` is built; whoever holds the lock may remove them."""
+    """How folders begin in which ``target`` is built; the lock's holder may remove them."""
     return f".building-{target.name}-"
 
 

@@ -300,9 +300,10 @@ class CachedRun:
             self.step += 1
             self.seconds = time.monotonic() - begun
             if self.seconds - noted > 300:
-                noted = self.seconds
+                noted, paused = self.seconds, time.monotonic()
                 self._check()
                 self._save(optimizer)
+                begun += time.monotonic() - paused  # the clock counts training only
             yield f"step {self.step} loss {loss:.3f} {self.step * batch / self.seconds:.2f} rows/s"
         self._check()
         self._save(optimizer)
