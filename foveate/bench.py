@@ -392,7 +392,7 @@ def about(model: Any, name: str) -> dict[str, Any]:
         "dtype": str(first.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
         "threads": torch.get_num_threads() if first.device.type == "cpu" else None,
-        "versions": {name: _version(name) for name in ("foveate", "torch", "transformers")},
+        "versions": {name: version_of(name) for name in ("foveate", "torch", "transformers")},
     }
 
 
@@ -414,7 +414,8 @@ def elapsed(start: Any, stop: Any) -> float:
     return float(start.elapsed_time(stop))
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:

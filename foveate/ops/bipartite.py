@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.ops.rows import slots, take
+from foveate.ops.rows import add, slots, take
 
 ORDERS = ("released", "raster")
 
@@ -74,9 +74,7 @@ def merge(matched: Match, x: Tensor) -> Tensor:
     Returns:
         ``(B, T - r, D)``.
     """
-    kept = take(x, matched.keep)
-    index = matched.into.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-    total = kept.scatter_add(1, index, take(x, matched.source))
+    total = add(take(x, matched.keep), matched.into, take(x, matched.source))
     ones = torch.ones(matched.keep.shape, dtype=x.dtype, device=x.device)
     count = ones.scatter_add(1, matched.into, torch.ones_like(matched.into, dtype=x.dtype))
     return total / count.unsqueeze(-1)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The map is made in tiles of at least 64 rows and about this many bytes: a CPU's shared cache, or
+# The map is made in tiles of at least 64 rows and about this many bytes: a CPU's cache, or
 # what keeps a GPU busy. A map that fits in one tile is made whole.
-_TILE_BYTES_CPU = 4 << 20
+_TILE_BYTES_CPU = 1 << 20
 _TILE_BYTES = 64 << 20
 
 

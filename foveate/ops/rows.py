@@ -11,8 +11,22 @@ from foveate.reducer import Reduction, Tokens
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """``x[b, index[b, i]]``: (B, N, D) and (B, K) to (B, K, D)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    """``x[b, index[b, i]]``: (B, N, D) and (B, K) to (B, K, D).
+
+    Whole rows of the flat tensor: on CPU ten times as fast as ``gather`` with a repeated index.
+    """
+    return x.flatten(0, 1).index_select(0, flat(index, x.shape[1])).view(*index.shape, x.shape[2])
+
+
+def add(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
+    """``x`` with ``y[b, i]`` added to row ``index[b, i]``: (B, K, D), (B, r), (B, r, D)."""
+    return x.flatten(0, 1).index_add(0, flat(index, x.shape[1]), y.flatten(0, 1)).view(x.shape)
+
+
+def flat(index: Tensor, size: int) -> Tensor:
+    """Rows ``index`` (B, K) of groups of ``size`` rows, numbered through all groups: (B·K,)."""
+    start = torch.arange(index.shape[0], device=index.device) * size
+    return (index + start[:, None]).flatten()
 
 
 def slots(x: Tensor) -> Tensor:

@@ -1,0 +1,378 @@
+"""The commands. Each reads its options, calls one leaf, prints a table and writes JSON if asked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from typer.core import TyperGroup
+
+from foveate import catalogue, loading
+from foveate.cli import tables
+from foveate.recipe import Recipe, parse
+
+_EXTRAS: Mapping[str, str] = {
+    "PIL": "pinhole",
+    "platformdirs": "pinhole",
+    "filelock": "pinhole",
+    "gguf": "pinhole",
+    "onnx": "pinhole",
+    "matplotlib": "demo",
+    "skimage": "demo",
+}
+
+
+class _Commands(TyperGroup):
+    """Says what went wrong in one message instead of a traceback; exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        warnings.simplefilter("ignore")
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            message, status = _explained(error)
+            if message is None or os.environ.get("FOVEATE_TRACEBACK"):
+                raise
+            tables.console(stderr=True).print(tables.failure(message))
+            raise typer.Exit(status) from None
+
+
+def _explained(error: Exception) -> tuple[str | None, int]:
+    """What to say about an error, and the exit status; None leaves it to typer."""
+    if type(error).__module__.split(".")[0] in ("click", "typer"):
+        return None, 2
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error):
+        return "Out of memory; try a smaller --batch, fewer --images or --dtype bfloat16.", 2
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0]
+        extra = _EXTRAS.get(package, "demo")
+        return f"This needs the package {package}: pip install 'foveate[{extra}]'", 2
+    said = str(error).strip() or type(error).__name__
+    if isinstance(error, ValueError | OSError | ImportError | NotImplementedError):
+        return said, 2
+    if type(error).__module__.startswith("foveate."):
+        return said, 2
+    return (
+        f"foveate stopped on an error it did not expect: {type(error).__name__}: {said}\n"
+        "FOVEATE_TRACEBACK=1 before the same command shows where; please report it with that."
+    ), 1
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Vision-token reduction for multimodal LLMs: ask, compare, time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[
+    str, typer.Option("--model", help="Hub id, local folder, pinhole, or shape:<name>.")
+]
+Recipes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe",
+        help="Preset or method, name:key=value,…, or a JSON file; may be given several times.",
+    ),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option("--keep", help="Fraction of vision tokens kept by every preset, in (0, 1]."),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, … or auto.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The picture to write.")]
+Image = Annotated[Path, typer.Argument(help="A picture: JPEG, PNG, WebP, …")]
+NewTokens = Annotated[int, typer.Option("--new-tokens", min=2, help="Longest answer.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from foveate.bench import version_of
+
+        for package in ("foveate", "torch", "transformers"):
+            typer.echo(f"{package} {version_of(package)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model: Model = loading.PINHOLE,
+    recipe: Recipes = None,
+    keep: Keep = 0.25,
+    new_tokens: NewTokens = 24,
+    output: Output = Path("foveate-demo.png"),
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Ask questions about photos, dense and reduced: one table, one picture."""
+    from foveate import demo as leaf
+
+    made = _recipes(recipe, keep) if recipe else leaf.recipes(keep or 0.25)
+    loaded, processor = _load(model, dtype, device, threads)
+    with _waiting("asking") as say:
+        shown = leaf.run(
+            loaded, processor, made, name=model, max_new_tokens=new_tokens, progress=say
+        )
+    out, result = tables.console(), shown.result
+    head = f"{model} on {result['device']}, {result['dtype']}"
+    out.print(tables.answers(result["rows"], head))
+    leaf.save(shown, output)
+    out.print(f"Surviving patches at half depth: {output}")
+    if model == loading.PINHOLE:
+        if result["scores"]:
+            out.print(tables.scores(result["scores"]))
+        else:
+            out.print("What pinhole can and cannot do, measured: docs/pinhole.md")
+    _write(json_file, result)
+
+
+@app.command()
+def ask(
+    image: Image,
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Model = loading.PINHOLE,
+    recipe: Recipes = None,
+    keep: Keep = None,
+    new_tokens: NewTokens = 48,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Answer a question about a picture, dense and reduced, side by side."""
+    from foveate.ask import answers, prepare
+    from foveate.bench import about
+
+    opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
+    _no_shape(model, "ask")
+    loaded, processor = _load(model, dtype, device, threads)
+    given = prepare(loaded, processor, opened, question)
+    with _waiting("answering"):
+        found = answers(loaded, processor, given, made, max_new_tokens=new_tokens)
+    rows = [{"image": str(image), "question": question} | row for row, _ in found]
+    result = {**about(loaded, model), "rows": rows}
+    tables.console().print(tables.answers(rows, f"{model} on {result['device']}"))
+    for row, report in found:
+        for note in report.notes if report is not None else ():
+            tables.console().print(f"{row['recipe']}: {note}")
+    _write(json_file, result)
+
+
+@app.command()
+def trace(
+    image: Image,
+    model: Model = loading.PINHOLE,
+    recipe: Recipes = None,
+    keep: Keep = None,
+    layers: Annotated[
+        str, typer.Option("--layers", help="Such as 0,8,16; default: where most tokens go.")
+    ] = "",
+    question: Annotated[str, typer.Option("--question")] = "Describe the image.",
+    output: Output = Path("foveate-trace.png"),
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: Json = None,
+) -> None:
+    """Draw which patches survive, layer by layer."""
+    from foveate.ask import answers, prepare, vision_rows
+    from foveate.trace import draw, layers_worth_drawing, panel
+
+    opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
+    _no_shape(model, "trace")
+    wanted = _numbers(layers)
+    loaded, processor = _load(model, dtype, device, None)
+    given = prepare(loaded, processor, opened, question)
+    vision = vision_rows(loaded, given["input_ids"])[0].nonzero()[:, 0]
+    pictures, alive = [], {}
+    with _waiting("looking"):
+        found = answers(loaded, processor, given, made, max_new_tokens=2, warm=False)
+    for row, report in found:
+        if report is not None:
+            at = wanted or layers_worth_drawing(report)
+            pictures.append((opened, [panel(report, vision, b, row["recipe"]) for b in at]))
+            alive[row["recipe"]] = report.alive
+    draw(pictures, output)
+    tables.console().print(f"Surviving patches: {output}")
+    _write(json_file, {"model": model, "image": str(image), "alive": alive})
+
+
+@app.command()
+def bench(
+    model: Model = "shape:llava-onevision-0.5b",
+    recipe: Recipes = None,
+    keep: Keep = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")] = 1,
+    images: Annotated[int, typer.Option("--images", min=1, help="Images of each prompt.")] = 1,
+    frames: Annotated[
+        int, typer.Option("--frames", min=0, help="Frames of a video instead of images.")
+    ] = 0,
+    image_size: Annotated[
+        str, typer.Option("--image-size", help="WIDTHxHEIGHT; default: the encoder's own.")
+    ] = "",
+    text_tokens: Annotated[int, typer.Option("--text-tokens", min=2, help="Of each prompt.")] = 40,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens decoded.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds.")] = 5,
+    warmup: Annotated[int, typer.Option("--warmup", min=1, help="Untimed rounds.")] = 1,
+    identity: Annotated[
+        bool, typer.Option(help="A row with everything armed and nothing reduced.")
+    ] = True,
+    attainable: Annotated[
+        bool, typer.Option(help="Time the untouched model at every length that occurs.")
+    ] = True,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    json_file: Json = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Append the rows to a CSV file.")
+    ] = None,
+) -> None:
+    """Time the untouched model and recipes by stage, side by side in one run."""
+    from foveate import bench as leaf
+    from foveate.shapes import Prompt
+
+    made = _recipes(recipe or ["aim", "fastv", "prumerge"], keep)
+    prompt = Prompt(batch, images, frames, text_tokens, _size(image_size))
+    settings = leaf.Settings(new_tokens, repeats, warmup, identity, attainable)
+    loaded, _ = _load(model, dtype, device, threads)
+    with _progress() as bar:
+        task = bar.add_task("warming up", total=None)
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        result = leaf.bench(loaded, made, prompt, settings, name=model, progress=progress)
+    tables.console().print(tables.bench(result))
+    _write(json_file, result)
+    _append(csv_file, result)
+
+
+@app.command()
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it.")] = False,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Put the markdown between a file's markers.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """The catalogue of methods and presets."""
+    rows, presets = catalogue.methods(), catalogue.presets()
+    if write is not None:
+        write.write_text(catalogue.written(write.read_text()))
+        typer.echo(f"{write} is up to date.")
+    elif markdown:
+        typer.echo(catalogue.markdown())
+    else:
+        tables.console().print(tables.methods(rows, presets))
+    _write(json_file, {"rows": rows, "presets": presets})
+
+
+@app.command()
+def models(json_file: Json = None) -> None:
+    """Which method works on which family, as the tests found it."""
+    rows = catalogue.models()
+    tables.console().print(tables.models(rows))
+    _write(json_file, {"rows": rows})
+
+
+def _recipes(given: Sequence[str], keep: float | None) -> dict[str, Recipe]:
+    """The recipes of the command line, by the text that names them."""
+    finished = [text for text in given if text.endswith(".json") or Path(text).is_file()]
+    made = {text: parse(text, None if text in finished else keep) for text in given}
+    if keep is not None and len(finished) == len(given):
+        parse(finished[0], keep)  # refuses a budget for a finished recipe
+    return made
+
+
+def _no_shape(model: str, command: str) -> None:
+    if model.startswith("shape:"):
+        raise ValueError(
+            f"{model} has random weights and nothing to say; {command} needs a real model: "
+            "--model pinhole, a Hub id or a local folder. For timing: foveate bench."
+        )
+
+
+def _load(model: str, dtype: str, device: str, threads: int | None) -> tuple[Any, Any]:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _waiting(f"loading {model}"):
+        return loading.model(model, dtype=dtype, device=device)
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    """``WIDTHxHEIGHT`` to (height, width)."""
+    if not text:
+        return None
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ValueError(f"--image-size is {text!r}; give WIDTHxHEIGHT, for example 640x480.")
+    return int(height), int(width)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--layers is {text!r}; give layer numbers, such as 0,8,16.") from None
+
+
+@contextmanager
+def _waiting(what: str) -> Iterator[Callable[[str], object]]:
+    """A spinner on stderr; yields what changes its text."""
+    with tables.console(stderr=True).status(f"{what} …") as status:
+        yield lambda now: status.update(f"{now} …")
+
+
+def _progress() -> Progress:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, console=tables.console(stderr=True), transient=True)
+
+
+def _write(path: Path | None, result: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _append(path: Path | None, result: Mapping[str, Any]) -> None:
+    """One line per row; values that are lists or objects stay out."""
+    if path is None:
+        return
+    common = {key: result[key] for key in ("model", "device", "dtype", "threads")}
+    rows = [
+        common | {k: v for k, v in row.items() if not isinstance(v, dict | list)}
+        for row in result["rows"]
+    ]
+    fresh = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,194 @@
+"""Tables for people. Every number in them is in the JSON as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+Row = Mapping[str, Any]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where tables go, or messages."""
+    return Console(highlight=False, stderr=stderr)
+
+
+def answers(rows: Sequence[Row], title: str = "") -> RenderableType:
+    """Answers side by side with what they cost; rows of several questions get a line each."""
+    table = _table(title)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("answer", ratio=1, min_width=18)
+    for name in (
+        "vision tokens\nin → out (mean)",
+        "GFLOPs",
+        "prefill\nms",
+        "reducing\nms",
+        "KV MiB",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    asked: tuple[Any, Any] | None = None
+    dense: Row = rows[0]
+    for row in rows:
+        now = (row.get("image"), row.get("question"))
+        if now != asked:
+            asked = now
+            table.add_section()
+            table.add_row(Text(str(now[0]), "bold"), Text(str(now[1]), "bold"))
+        if row["recipe"] == "dense":
+            dense = row
+        table.add_row(*_answer(row, dense))
+    return table
+
+
+def _answer(row: Row, dense: Row) -> Iterable[RenderableType]:
+    fewer = dense["flops"] / row["flops"]
+    same = row["answer"] == dense["answer"]
+    yield Text(row["recipe"], "cyan")
+    yield Text(" ".join(row["answer"].split()), "" if same else "yellow")
+    yield (
+        f"{row['vision_tokens_entrance']} → {row['vision_tokens_last']} "
+        f"({row['vision_tokens']:.0f})"
+    )
+    yield f"{row['flops'] / 1e9:.0f}" + (f" ({fewer:.1f}×)" if row is not dense else "")
+    yield f"{row['prefill_ms']:.0f}"
+    yield f"{row['reduce_ms']:.1f}"
+    yield f"{row['kv_bytes'] / 2**20:.1f}"
+
+
+def bench(result: Row) -> RenderableType:
+    """Stages, then what was gained against what could be."""
+    prompt = result["prompt"]
+    items = f"{prompt['frames']} frames" if prompt["frames"] else f"{prompt['images']} image(s)"
+    table = _table(
+        f"{result['model']} on {result['device']}, {result['dtype']}: batch {prompt['batch']}, "
+        f"{items}, {result['rows'][0]['prompt_tokens']} tokens"
+    )
+    table.add_column("recipe", style="cyan", no_wrap=True)
+    heads = (
+        "vision\ntokens",
+        "vision\nms",
+        "prefill\nms",
+        "± half\nIQR",
+        "reducing\nms",
+        "decode\nms",
+    )
+    for name in (*heads, "KV\nMiB", "peak\nMiB", "speed-\nup", "FLOPs\nlimit", "attain-\nable ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("effi-\nciency", justify="right", no_wrap=True)
+    for row in result["rows"]:
+        low, high = row["spread"]["prefill_ms"]
+        table.add_row(
+            row["recipe"],
+            f"{row['vision_tokens']:.0f}",
+            f"{row['vision_ms']:.1f}",
+            f"{row['prefill_ms']:.1f}",
+            f"{(high - low) / 2:.1f}",
+            f"{row['reduce_ms']:.1f}",
+            f"{row['decode_ms']:.1f}",
+            _mebi(row["kv_bytes"]),
+            _mebi(row["peak_bytes"]),
+            f"{row['speedup']:.2f}×",
+            f"{row['limit']:.2f}×",
+            "–" if row["attainable_ms"] is None else f"{row['attainable_ms']:.1f}",
+            "–" if row["efficiency"] is None else f"{row['efficiency']:.2f}",
+        )
+    notes = [*result["verdicts"], _legend(result)]
+    return Group(table, *(Text(note) for note in notes))
+
+
+def _legend(result: Row) -> str:
+    return (
+        "prefill = one forward without vision encoder, projector and lm_head, reducing included; "
+        "vision tokens are averaged over layers; attainable = what the untouched model needs at the "
+        "same lengths; efficiency = attainable ÷ prefill. Medians of "
+        f"{result['settings']['repeats']} interleaved rounds."
+    )
+
+
+def methods(rows: Sequence[Row], presets: Sequence[Row]) -> RenderableType:
+    """The catalogue."""
+    table = _table("methods")
+    for name in ("method", "acts at", "what it is", "knobs", "attention", "adaptive"):
+        table.add_column(name, ratio=2 if name == "what it is" else None)
+    for row in rows:
+        knobs = "\n".join(f"{key}={value}" for key, value in row["knobs"].items())
+        table.add_row(
+            Text(row["name"], "cyan"),
+            row["site"],
+            f"{row['summary']} {row['link']}".strip(),
+            knobs or "–",
+            "yes" if row["needs_attention"] else "–",
+            "yes" if row["adaptive"] else "–",
+        )
+    more = _table("presets")
+    more.add_column("preset", style="cyan", no_wrap=True)
+    more.add_column("what it is", ratio=1)
+    for row in presets:
+        more.add_row(row["name"], f"{row['summary']} {row['link']}".strip())
+    return Group(table, more)
+
+
+def models(rows: Sequence[Row]) -> RenderableType:
+    """Families × methods; reasons stand below the table, numbered."""
+    names = sorted({name for row in rows for name in row["methods"]})
+    table = _table("families and methods, as the contract tests found them")
+    for name in ("family", "model_type", "encoder", "status"):
+        table.add_column(name, style="cyan" if name == "family" else "")
+    for name in names:
+        table.add_column(name, justify="center", overflow="fold")
+    reasons: list[str] = []
+    for row in rows:
+        cells = [_cell(row["methods"].get(name), reasons) for name in names]
+        table.add_row(
+            row["family"], row["model_type"], row.get("encoder", "–"), row["status"], *cells
+        )
+    return Group(table, *(Text(f"{i}  {why}") for i, why in enumerate(reasons, start=1)))
+
+
+def scores(rows: Sequence[Row]) -> RenderableType:
+    """pinhole's measured scores, whatever columns they have."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = _table("pinhole, measured (how: docs/pinhole.md)")
+    for name in names:
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for row in rows:
+        table.add_row(*(_plain(row.get(name)) for name in names))
+    return table
+
+
+def failure(message: str) -> RenderableType:
+    """An error: what was given, what is accepted, what to type next."""
+    return Panel(Text(message), title="foveate", title_align="left", border_style="red")
+
+
+def _cell(said: str | None, reasons: list[str]) -> str:
+    if said is None:
+        return "–"
+    if said == "works":
+        return "✓"
+    if said not in reasons:
+        reasons.append(said)
+    return str(reasons.index(said) + 1)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _mebi(value: int | None) -> str:
+    return (
+        "–"
+        if value is None
+        else f"{value / 2**20:,.0f}"
+        if value >= 2**27
+        else f"{value / 2**20:.1f}"
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", header_style="dim")
