@@ -83,7 +83,7 @@ def photo(name: str) -> Image.Image:
 
 
 def scores() -> list[dict[str, Any]]:
-    """pinhole's measured scores, as written into its weights when they were trained."""
+    """Pinhole's measured scores, as written into its weights when they were trained."""
     try:
         from safetensors import safe_open
     except ImportError:

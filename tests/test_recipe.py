@@ -115,7 +115,7 @@ def test_what_is_refused(text: str, message: str) -> None:
 
 
 def test_the_budget_said_twice() -> None:
-    with pytest.raises(ValueError, match="--keep 0.5 and in 'fastv:keep=0.5'"):
+    with pytest.raises(ValueError, match=r"--keep 0\.5 and in 'fastv:keep=0\.5'"):
         parse("fastv:keep=0.5", keep=0.5)
 
 

@@ -104,8 +104,8 @@ def bench(result: Row) -> RenderableType:
 def _legend(result: Row) -> str:
     return (
         "prefill = one forward without vision encoder, projector and lm_head, reducing included; "
-        "vision tokens are averaged over layers; attainable = what the untouched model needs at the "
-        "same lengths; efficiency = attainable ÷ prefill. Medians of "
+        "vision tokens are layer averages; attainable = what the untouched model needs at "
+        "the same lengths; efficiency = attainable ÷ prefill. Medians of "
         f"{result['settings']['repeats']} interleaved rounds."
     )
 
@@ -151,7 +151,7 @@ def models(rows: Sequence[Row]) -> RenderableType:
 
 
 def scores(rows: Sequence[Row]) -> RenderableType:
-    """pinhole's measured scores, whatever columns they have."""
+    """Pinhole's measured scores, whatever columns they have."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = _table("pinhole, measured (how: docs/pinhole.md)")
     for name in names:
