@@ -1,21 +1,27 @@
 """Accuracy of a model on a task, with a 95 % confidence interval.
 
+    python -m foveate.evaluate --model pinhole --task easyvqa,scenes-count --limit 500 --blank
+
 Any Hugging Face image-text model with its processor will do; what is attached to the model stays.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from foveate.tasks import Example, Task
+from foveate.tasks import Example, Task, task
 
 MAX_NEW_TOKENS = 12
 BLANK = (124, 116, 104)
@@ -73,6 +79,32 @@ def evaluate(
     by = {k: by[k] for k in sorted(by) if k}
     n, score = _mean(scores)
     return Result(task.name, n, score, low, high, by, tuple(answers))
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    tasks: Sequence[Task],
+    *,
+    batch_size: int = 16,
+    blank: bool = False,
+    advance: Callable[[str, int], object] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One row for JSON per task, followed with ``blank`` by the row of the blanked images."""
+    for one in tasks:
+        for hidden in (False, True)[: 1 + blank]:
+            begun = time.monotonic()
+            what = one.name + (" (blank)" if hidden else "")
+
+            def done(count: int, what: str = what) -> None:
+                if advance:
+                    advance(what, count)
+
+            result = evaluate(
+                model, processor, one, batch_size=batch_size, blank=hidden, advance=done
+            )
+            seconds = round(time.monotonic() - begun, 1)
+            yield {"recipe": "dense", "blank": hidden, **result.to_dict(), "seconds": seconds}
 
 
 def interval(scores: list[float]) -> tuple[float, float]:
@@ -160,3 +192,110 @@ def _inputs(model: Any, processor: Any, asked: list[tuple[Example, str]]) -> Any
     processor.tokenizer.padding_side = "left"
     inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
     return inputs.to(model.device, model.dtype)
+
+
+def main() -> None:
+    """``python -m foveate.evaluate``; what can go wrong is said in one message, exit status 2."""
+    try:
+        import typer
+    except ImportError:
+        sys.exit("foveate: evaluation needs typer: pip install 'foveate[eval]'")
+    of_model = typer.Option("pinhole", help="pinhole, a Hub id or a local folder.")
+    of_task = typer.Option("easyvqa", help="Names of tasks, with commas between them.")
+    of_limit = typer.Option(500, min=1, help="Examples of each task.")
+    of_file = typer.Option(None, "--json", help="Write the rows here, after each one.")
+    of_blank = typer.Option(False, "--blank", help="Also with every image blanked.")
+    of_batch = typer.Option(8, "--batch", min=1, help="Examples at once.")
+    of_data = typer.Option(None, help="Folder with SPLIT.tar and SPLIT.jsonl of captioned photos.")
+    of_split = typer.Option("validation", help="Which examples: train or validation.")
+    of_device = typer.Option("auto", help="cpu, cuda, cuda:1, … or auto.")
+    of_dtype = typer.Option("auto", help="float32, bfloat16, float16 or auto.")
+    of_threads = typer.Option(None, min=1, help="CPU threads.")
+
+    def command(
+        model: str = of_model,
+        task: str = of_task,
+        limit: int = of_limit,
+        json_file: Path | None = of_file,
+        blank: bool = of_blank,
+        batch: int = of_batch,
+        data: Path | None = of_data,
+        split: str = of_split,
+        device: str = of_device,
+        dtype: str = of_dtype,
+        threads: int | None = of_threads,
+    ) -> None:
+        """Accuracy on tasks with 95 % intervals; questions need the right answer to the letter."""
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            tasks = _named(task, data, split, limit)
+            result = _measured(model, tasks, batch, blank, json_file, (dtype, device))
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            typer.echo(f"foveate: {error}", err=True)
+            raise typer.Exit(2) from None
+        typer.echo(table(result["rows"]))
+
+    typer.run(command)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of ``measure`` as a markdown table: one line a task, blanked images beside it."""
+    lines = ["| task | n | score | 95 % interval | images blanked |", "|---|--:|--:|---|--:|"]
+    blanked = {row["task"]: row["score"] for row in rows if row["blank"]}
+    for row in rows:
+        if not row["blank"]:
+            beside = blanked.get(row["task"])
+            lines.append(
+                f"| {row['task']} | {row['n']} | {row['score']:.1%} "
+                f"| {row['ci_low']:.1%} – {row['ci_high']:.1%} "
+                f"| {'–' if beside is None else f'{beside:.1%}'} |"
+            )
+    return "\n".join(lines)
+
+
+def _named(given: str, data: Path | None, split: str, limit: int) -> list[Task]:
+    found = [name.strip() for name in given.split(",") if name.strip()]
+    return [task(name, data=data, split=split, limit=limit) for name in found]
+
+
+def _measured(
+    name: str,
+    tasks: Sequence[Task],
+    batch: int,
+    blank: bool,
+    file: Path | None,
+    place: tuple[str, str],
+) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from transformers import logging
+
+    from foveate import loading
+    from foveate.bench import about
+
+    if name.startswith("shape:"):
+        raise ValueError(f"{name} has random weights and cannot be evaluated; try --model pinhole.")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, processor = loading.model(name, dtype=place[0], device=place[1])
+    result: dict[str, Any] = {**about(model, name), "rows": []}
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        jobs: dict[str, Any] = {}
+        total = {one.name: len(one) for one in tasks}
+
+        def advance(what: str, count: int) -> None:
+            if what not in jobs:
+                jobs[what] = bar.add_task(what, total=total[what.removesuffix(" (blank)")])
+            bar.advance(jobs[what], count)
+
+        for row in measure(model, processor, tasks, batch_size=batch, blank=blank, advance=advance):
+            result["rows"].append(row)
+            if file is not None:
+                file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -192,10 +192,14 @@ def aim(x: Tensor, keys: Tensor | None, budget: int) -> Reduction:
     """The method itself; keys come in heads."""
     valid = torch.ones(x.shape[:2], dtype=torch.bool)
     if keys is None:
-        return reducer("aim-merge-tokens").reduce(Tokens(x=x, valid=valid), [budget] * len(x))
+        return reducer("aim-merge-tokens", order="released").reduce(
+            Tokens(x=x, valid=valid), [budget] * len(x)
+        )
     k = heads(keys)
     at = torch.arange(x.shape[1]).expand(len(x), -1)
-    return reducer("aim-merge").reduce(Tokens(x=x, valid=valid, q=k, k=k, at=at), [budget] * len(x))
+    return reducer("aim-merge", order="released").reduce(
+        Tokens(x=x, valid=valid, q=k, k=k, at=at), [budget] * len(x)
+    )
 
 
 def heads(states: Tensor) -> Tensor:

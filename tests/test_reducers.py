@@ -390,7 +390,7 @@ def test_aim_merge_compares_keys_of_full_width() -> None:
     tokens = encoder(1, (4, 4))
     assert tokens.k is not None and tokens.at is not None
     keys = tokens.k[0].transpose(0, 1).flatten(1)[tokens.at[0]]
-    done = reducer("aim-merge").reduce(tokens, [15])
+    done = reducer("aim-merge", order="released").reduce(tokens, [15])
     assert done.x is not None and done.group is not None
     pairs = {
         (s, d): float(keys[s] @ keys[d] / keys[s].norm() / keys[d].norm())
@@ -408,9 +408,9 @@ def test_aim_merge_compares_keys_of_full_width() -> None:
 
 def test_aim_merge_orders_and_metrics() -> None:
     tokens = encoder(2, (5, 5))
-    own = reducer("aim-merge", metric="tokens").reduce(tokens, [11, 11])
+    own = reducer("aim-merge", metric="tokens", order="released").reduce(tokens, [11, 11])
     blind = replace(tokens, q=None, k=None, at=None)
-    same = reducer("aim-merge-tokens").reduce(blind, [11, 11])
+    same = reducer("aim-merge-tokens", order="released").reduce(blind, [11, 11])
     assert torch.equal(own.keep, same.keep) and own.x is not None and same.x is not None
     torch.testing.assert_close(own.x, same.x)
     raster = reducer("aim-merge", order="raster").reduce(tokens, [11, 11])

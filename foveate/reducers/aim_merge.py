@@ -37,7 +37,7 @@ class AimMerge(Reducer, name="aim-merge"):
     needs_attention: ClassVar[bool] = True
 
     metric: str = "keys"
-    order: str = "released"
+    order: str = "raster"
 
     def __post_init__(self) -> None:
         one_of(self.name, "metric", self.metric, METRICS)
@@ -63,7 +63,7 @@ class AimMergeTokens(Reducer, name="aim-merge-tokens"):
         order: as in ``aim-merge``.
     """
 
-    order: str = "released"
+    order: str = "raster"
 
     def __post_init__(self) -> None:
         one_of(self.name, "order", self.order, ORDERS)
