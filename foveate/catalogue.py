@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from foveate.reducer import Reducer, discover
 BEGIN = "<!-- methods: written by `foveate methods --markdown --write README.md` -->"
 END = "<!-- /methods -->"
 _WHERE = {
-    "pixels": "the input image",
+    "pixels": "on the input image",
     "features": "before the projector",
-    "tokens": "entrance or between layers",
+    "tokens": "at the entrance or between layers",
     "layers": "between layers",
 }
 
@@ -54,7 +53,7 @@ def markdown() -> str:
     for row in methods():
         knobs = ", ".join(f"`{k}={_literal(v)}`" for k, v in row["knobs"].items()) or "–"
         what = row["summary"] + (f" [{row['paper']}]({row['link']})" if row["link"] else "")
-        lines.append(f"| `{row['name']}` | {_WHERE[row['site']]} | {what} | {knobs} |")
+        lines.append(f"| `{row['name']}` | {row['where']} | {what} | {knobs} |")
     lines += ["", "Presets, each taking `keep=`:", ""]
     for row in presets():
         what = row["summary"] + (f" [{row['paper']}]({row['link']})" if row["link"] else "")
@@ -77,15 +76,25 @@ def written(text: str) -> str:
 def _row(name: str, cls: type[Reducer]) -> dict[str, Any]:
     return {
         "name": name,
-        **_said(sys.modules[cls.__module__].__doc__),
+        **_about(cls),
         "site": cls.site,
+        "where": _WHERE[cls.site],
         "knobs": {field.name: field.default for field in fields(cls)},  # type: ignore[arg-type]
         "needs_attention": cls.needs_attention,
         "adaptive": cls.adaptive,
     }
 
 
-def _said(doc: str | None) -> Mapping[str, str]:
+def _about(cls: type[Reducer]) -> dict[str, str]:
+    """The module's first line; where it holds several methods, each one's own with its paper."""
+    said = _said(sys.modules[cls.__module__].__doc__)
+    if sum(other.__module__ == cls.__module__ for other in discover().values()) > 1:
+        own = _said(cls.__doc__)
+        return said | {"summary": own["summary"] or said["summary"]}
+    return said
+
+
+def _said(doc: str | None) -> dict[str, str]:
     """The first line of a docstring: its sentence, and the paper it names."""
     first = (doc or "").strip().splitlines()[0] if (doc or "").strip() else ""
     found = re.search(r"(?:arXiv[: ]*)?(?:https://arxiv\.org/abs/)?\(?(\d{4}\.\d{4,5})", first)

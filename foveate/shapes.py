@@ -69,7 +69,8 @@ def build(
     """A model of a published configuration with random weights, in eval mode.
 
     Args:
-        name: with or without ``shape:``.
+        name: with or without ``shape:``; ``llava-1.5-7b:layers=8`` has fewer layers in its text
+            model, for machines with less memory, and is the same in all else.
         dtype: of all weights; they are made in it, so a 7B model takes 15 GB in bfloat16.
         device: where they are made.
 
@@ -79,10 +80,7 @@ def build(
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
-    name = name.removeprefix(PREFIX)
-    if name not in _SHAPES:
-        raise ValueError(unknown("shape", name, _SHAPES))
-    config = _SHAPES[name]()
+    config = _config(name.removeprefix(PREFIX))
     with torch.device(device), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.tie_weights()
@@ -90,6 +88,22 @@ def build(
     model.generation_config.eos_token_id = None  # random weights must not stop early
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def _config(text: str) -> Any:
+    """The configuration that ``name`` or ``name:layers=n`` stands for."""
+    name, colon, option = text.partition(":")
+    if name not in _SHAPES:
+        raise ValueError(unknown("shape", name, _SHAPES))
+    config = _SHAPES[name]()
+    if colon:
+        key, _, value = option.partition("=")
+        if key != "layers" or not value.isdigit() or int(value) < 1:
+            raise ValueError(f"{option!r} in {text!r} is not understood; give layers=8, say.")
+        config.text_config.num_hidden_layers = int(value)
+        if config.text_config.layer_types:
+            config.text_config.layer_types = config.text_config.layer_types[: int(value)]
+    return config
 
 
 @torch.no_grad()

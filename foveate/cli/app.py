@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class _Commands(TyperGroup):
             message, status = _explained(error)
             if message is None or os.environ.get("FOVEATE_TRACEBACK"):
                 raise
-            tables.console(stderr=True).print(tables.failure(message))
+            print(f"foveate: {message}", file=sys.stderr)
             raise typer.Exit(status) from None
 
 

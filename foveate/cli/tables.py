@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -113,24 +112,23 @@ def _legend(result: Row) -> str:
 def methods(rows: Sequence[Row], presets: Sequence[Row]) -> RenderableType:
     """The catalogue."""
     table = _table("methods")
-    for name in ("method", "acts at", "what it is", "knobs", "attention", "adaptive"):
-        table.add_column(name, ratio=2 if name == "what it is" else None)
+    table.add_column("method", style="cyan", no_wrap=True)
+    table.add_column("what it is, where it acts, its knobs", ratio=1)
     for row in rows:
-        knobs = "\n".join(f"{key}={value}" for key, value in row["knobs"].items())
-        table.add_row(
-            Text(row["name"], "cyan"),
-            row["site"],
-            f"{row['summary']} {row['link']}".strip(),
-            knobs or "–",
-            "yes" if row["needs_attention"] else "–",
-            "yes" if row["adaptive"] else "–",
-        )
-    more = _table("presets")
-    more.add_column("preset", style="cyan", no_wrap=True)
-    more.add_column("what it is", ratio=1)
+        needs = ["acts " + row["where"]]
+        needs += ["reads attention"] if row["needs_attention"] else []
+        needs += ["can choose its own count"] if row["adaptive"] else []
+        knobs = " ".join(f"{key}={value}" for key, value in row["knobs"].items())
+        more = "; ".join([*needs, *([f"knobs: {knobs}"] if knobs else [])])
+        table.add_row(row["name"], Group(_linked(row), Text(more, "dim")))
+    table.add_section()
     for row in presets:
-        more.add_row(row["name"], f"{row['summary']} {row['link']}".strip())
-    return Group(table, more)
+        table.add_row(row["name"], Group(_linked(row), Text("a preset", "dim")))
+    return table
+
+
+def _linked(row: Row) -> Text:
+    return Text(f"{row['summary']} {row['link']}".strip())
 
 
 def models(rows: Sequence[Row]) -> RenderableType:
@@ -159,11 +157,6 @@ def scores(rows: Sequence[Row]) -> RenderableType:
     for row in rows:
         table.add_row(*(_plain(row.get(name)) for name in names))
     return table
-
-
-def failure(message: str) -> RenderableType:
-    """An error: what was given, what is accepted, what to type next."""
-    return Panel(Text(message), title="foveate", title_align="left", border_style="red")
 
 
 def _cell(said: str | None, reasons: list[str]) -> str:
