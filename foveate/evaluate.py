@@ -276,6 +276,8 @@ def _measured(
 
     if name.startswith("shape:"):
         raise ValueError(f"{name} has random weights and cannot be evaluated; try --model pinhole.")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"--json {file}: the folder {file.absolute().parent} does not exist.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model, processor = loading.model(name, dtype=place[0], device=place[1])

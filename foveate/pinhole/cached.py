@@ -48,6 +48,11 @@ class Features:
         self._done = file.with_suffix(".done")
         shape = (count, IMAGE_TOKENS, width)
         mode: Literal["r+", "w+"] = "r+" if file.is_file() else "w+"
+        if mode == "r+" and file.stat().st_size != np.prod(shape) * 2:
+            raise ValueError(
+                f"{file} was made for another number of images than {count}: run with the same "
+                f"--limit and --check as before, or delete {file} and {self._done}."
+            )
         self.values: Array = np.memmap(file, np.float16, mode, shape=shape)
 
     @property
@@ -279,8 +284,8 @@ class CachedRun:
             s.answer for s in self.easy.by_image[number] if s.answer not in ("yes", "no")
         )
 
-    def tune(self, minutes: float, batch: int = 12) -> Iterator[str]:
-        """Step 3: by the clock, with a check and a checkpoint every five minutes."""
+    def tune(self, minutes: float, check_every: float, batch: int = 12) -> Iterator[str]:
+        """Step 3: by the clock, a checkpoint every five minutes, a check every ``check_every`` s."""
         parts = list(self.student.projector.parameters())
         deltas = list(self.student.language.parameters())
         optimizer = torch.optim.AdamW(
@@ -291,7 +296,7 @@ class CachedRun:
         )
         self._resume(optimizer)
         begun = time.monotonic() - self.seconds
-        noted = self.seconds
+        saved = checked = self.seconds
         while self.seconds < minutes * 60:
             done = self.seconds / (minutes * 60)
             for group in optimizer.param_groups:
@@ -299,11 +304,14 @@ class CachedRun:
             loss = self._update(optimizer, [*parts, *deltas], batch, 2 if done > 0.3 else 4)
             self.step += 1
             self.seconds = time.monotonic() - begun
-            if self.seconds - noted > 300:
-                noted, paused = self.seconds, time.monotonic()
+            paused = time.monotonic()
+            if self.seconds - checked > check_every:
+                checked = self.seconds
                 self._check()
+            if self.seconds - saved > 300:
+                saved = self.seconds
                 self._save(optimizer)
-                begun += time.monotonic() - paused  # the clock counts training only
+            begun += time.monotonic() - paused  # the clock counts training only
             yield f"step {self.step} loss {loss:.3f} {self.step * batch / self.seconds:.2f} rows/s"
         self._check()
         self._save(optimizer)

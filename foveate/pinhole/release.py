@@ -1,0 +1,69 @@
+"""Making trained weights the released pinhole: scores into the file's header and into the docs.
+
+    python -m foveate.pinhole.release runs/pinhole/weights.safetensors
+    python -m foveate.evaluate --task easyvqa,… --blank --json scores.json
+    python -m foveate.pinhole.release runs/pinhole/weights.safetensors scores.json
+
+The first line puts the weights beside this file, so that ``pinhole.load`` and the second line use
+them; the third adds what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foveate.evaluate import table
+from foveate.pinhole import weights
+from foveate.pinhole.train import write_weights
+
+START, STOP = "<!-- scores -->", "<!-- /scores -->"
+LARGEST = 40 * 2**20
+KEPT = ("task", "blank", "n", "score", "ci_low", "ci_high")
+
+
+def release(trained: Path, scores: Path | None, target: Path, card: Path | None) -> None:
+    """``trained`` to ``target`` with ``scores`` in its metadata; their table into ``card``."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if trained.stat().st_size > LARGEST:
+        raise ValueError(f"{trained} has {trained.stat().st_size / 2**20:.1f} MiB; at most 40 ship")
+    with safe_open(trained, framework="pt") as opened:
+        about = dict(opened.metadata() or {})
+    if scores is not None:
+        measured = json.loads(scores.read_text())
+        about["scores"] = json.dumps([_short(row) for row in measured["rows"]])
+        if card is not None:
+            card.write_text(written(card.read_text(), measured))
+    write_weights(load_file(trained), target, about)
+    target.chmod(0o644)
+
+
+def written(text: str, measured: dict[str, Any]) -> str:
+    """``text`` with the table of ``measured`` between the markers."""
+    before, rest = text.split(START, 1)
+    after = rest.split(STOP, 1)[1]
+    said = f"Measured on {measured['device']}, {measured['dtype']}.\n\n" + table(measured["rows"])
+    return f"{before}{START}\n{said}\n{STOP}{after}"
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(row[k], 4) if isinstance(row[k], float) else row[k] for k in KEPT}
+
+
+def main(
+    trained: Annotated[Path, typer.Argument(help="weights.safetensors of a training run")],
+    scores: Annotated[Path | None, typer.Argument(help="JSON of foveate.evaluate")] = None,
+    card: Annotated[Path, typer.Option(help="the model card")] = Path("docs/pinhole.md"),
+) -> None:
+    """Put trained weights into the package, with their scores when they are given."""
+    release(trained, scores, weights.file(), card if scores and card.is_file() else None)
+    typer.echo(f"{weights.file()} is up to date.")
+
+
+if __name__ == "__main__":
+    typer.run(main)
