@@ -1,13 +1,14 @@
 # From a fresh clone with Python 3.11 and pip; CI calls the same targets.
 #   make demo     the main job on the embedded model: a table and a picture
 #   make test     the tests (CPU, offline after the install); `make heavy` adds those with real weights
+#   make matrix   foveate/matrix.json, as the contract tests find it
 #   make check    lint, format, types; changes nothing     make fix    what can be fixed by itself
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test heavy check fix clean
+.PHONY: demo test heavy matrix check fix clean
 
 demo: .venv/demo
 	$(BIN)/foveate demo
@@ -17,6 +18,9 @@ test: .venv/dev
 
 heavy: .venv/dev
 	$(BIN)/python -m pytest -m heavy
+
+matrix: .venv/dev
+	$(BIN)/python -m pytest --write-matrix tests/test_contract.py
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ METRICS = ("keys", "tokens")
 
 @dataclass(frozen=True)
 class AimMerge(Reducer, name="aim-merge"):
-    """Before the projector, compared by the encoder's last keys: AIM on LLaVA-1.5.
+    """AIM's merging before the projector, compared by the encoder's last keys (LLaVA-1.5).
 
     Rounds of ``r = min(T // 2, T - K)``: 252 of 576 are the released 288 and 36, 72 are 288, 144
     and 72. Keys keep all heads side by side and are merged along with the vectors, as released; the
@@ -54,7 +54,7 @@ class AimMerge(Reducer, name="aim-merge"):
 
 @dataclass(frozen=True)
 class AimMergeTokens(Reducer, name="aim-merge-tokens"):
-    """After the projector and its pooling, frame by frame, compared by the tokens: AIM on video.
+    """AIM's merging at the entrance, frame by frame, compared by the tokens (video).
 
     A name of its own because a method's site is fixed; otherwise as ``aim-merge`` with
     ``metric="tokens"``.
