@@ -47,6 +47,8 @@ class Prompt:
         for name, least in (("batch", 1), ("images", 1), ("frames", 0), ("text_tokens", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least {least}.")
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise ValueError(f"image_size is {self.image_size}; give at least (1, 1).")
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,9 @@ def _config(text: str) -> Any:
         if key != "layers" or not value.isdigit() or int(value) < 1:
             raise ValueError(f"{option!r} in {text!r} is not understood; give layers=8, say.")
         config.text_config.num_hidden_layers = int(value)
-        if config.text_config.layer_types:
-            config.text_config.layer_types = config.text_config.layer_types[: int(value)]
+        kinds = getattr(config.text_config, "layer_types", None)  # Llama has none
+        if kinds:
+            config.text_config.layer_types = kinds[: int(value)]
     return config
 
 
@@ -131,7 +134,8 @@ def inputs(model: nn.Module, prompt: Prompt) -> dict[str, Any]:
     """The arguments of ``forward`` for a synthetic prompt, on the model's device and in its dtype.
 
     Raises:
-        ValueError: for a family without a prompt here, or a video on a family that takes none.
+        ValueError: for a family without a prompt here, and for a video or an image size that the
+            family does not take.
     """
     adapter = family(model)
     config = cast(Any, model.config)
@@ -203,6 +207,15 @@ def _no_video(model: nn.Module, prompt: Prompt) -> None:
         raise ValueError(f"{kind} takes no video, frames={prompt.frames}; give images instead.")
 
 
+def _one_size(prompt: Prompt, side: int, why: str) -> None:
+    """Refuse pictures of another size where the encoder takes one size only."""
+    if prompt.image_size not in (None, (side, side)):
+        raise ValueError(
+            f"image_size (height, width) is {prompt.image_size} and only {side}x{side} is taken: "
+            f"{why}. Leave the size away."
+        )
+
+
 def _llava_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
     _no_video(model, prompt)
     config = cast(Any, model.config)
@@ -210,7 +223,12 @@ def _llava_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
     side = vision.image_size
     if vision.model_type == "dinov2":  # its position grid is not the size it is used at
         side = math.isqrt(config.image_seq_length) * vision.patch_size
+    else:
+        _one_size(prompt, side, "the encoder's positions are for that size")
     height, width = prompt.image_size or (side, side)
+    if min(height, width) < vision.patch_size:
+        least = f"{vision.patch_size}x{vision.patch_size}, one patch"
+        raise ValueError(f"image_size is {prompt.image_size}; give at least {least}.")
     count = prompt.batch * prompt.images
     each = (height // vision.patch_size) * (width // vision.patch_size)
     return _Pixels(
@@ -222,6 +240,7 @@ def _onevision_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
     config = cast(Any, model.config)
     side = config.vision_config.image_size
     if prompt.frames:
+        _one_size(prompt, side, "every frame of a video is brought to it")
         each = math.ceil(side // config.vision_config.patch_size / 2) ** 2
         pixels = _noise(prompt, prompt.batch, prompt.frames, 3, side, side)
         tokens = [each * prompt.frames + 1] * prompt.batch
@@ -271,6 +290,7 @@ def _internvl_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
     """One tile per image; a frame of a video is a tile as well."""
     config = cast(Any, model.config)
     side, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
+    _one_size(prompt, side, "larger pictures come as several tiles, given as images")
     count = prompt.batch * (prompt.frames or prompt.images)
     each = int(side // patch * config.downsample_ratio) ** 2
     return _Pixels("image", [each] * count, {"pixel_values": _noise(prompt, count, 3, side, side)})
