@@ -17,7 +17,9 @@ from foveate.cost import TextShape
 
 _FAMILIES: dict[str, type[Adapter]] = {}
 
-Shrink = Callable[[tuple[int, int], int], tuple[int, int]]
+Grid = tuple[int, int]  # height, width
+Shrink = Callable[[Grid, int], Grid]
+Shrunk = tuple[dict[str, Any], list[tuple[Grid, Grid]]]
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Adapter(ABC):
         """The text model: it has ``layers``."""
         return cast(nn.Module, self.base(model).language_model)
 
-    @abstractmethod
     def vision_attention(self, model: nn.Module) -> nn.Module:
         """The attention module of the vision encoder's last layer."""
+        return last_attention(cast(nn.Module, self.base(model).vision_tower))
 
     def projector(self, model: nn.Module) -> nn.Module:
         """The module whose input are the encoder's features; used where ``aligned``."""
@@ -100,7 +102,7 @@ class Adapter(ABC):
 
     def grids(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
-    ) -> list[tuple[int, int] | None]:
+    ) -> list[Grid | None]:
         """(height, width) of each group of ``sizes[g]`` tokens that is a full raster, else None."""
         sides = [math.isqrt(size) for size in sizes]
         return [(s, s) if s * s == n else None for s, n in zip(sides, sizes, strict=True)]
@@ -118,7 +120,7 @@ class Adapter(ABC):
         call: Mapping[str, Any],
         shape: Shrink,
         count: Callable[[int], int],
-    ) -> tuple[dict[str, Any], list[tuple[tuple[int, int], tuple[int, int]]]]:
+    ) -> Shrunk:
         """The call with smaller images, and (old grid, new grid) of each group.
 
         Args:
@@ -171,6 +173,17 @@ def text_shape(text: nn.Module) -> TextShape:
         vocabulary=config.vocab_size,
         bytes_per_value=next(text.parameters()).element_size(),
     )
+
+
+def last_attention(tower: nn.Module) -> nn.Module:
+    """The last attention module of a vision encoder: the one that holds its query projection."""
+    owners = [m for m in tower.modules() if "q_proj" in dict(m.named_children())]
+    if not owners:
+        raise ValueError(
+            f"{type(tower).__name__} has no attention with a q_proj, so foveate cannot see its "
+            "queries and keys; use a method that does not need attention, such as pool."
+        )
+    return owners[-1]
 
 
 def whole_images(seen: Sequence[Seen], *, has_cls: bool) -> list[Observed]:

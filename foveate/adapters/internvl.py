@@ -13,8 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.adapter import Adapter, Observed, Seen, Shrink, resized
-from foveate.adapters.llava import last_attention
+from foveate.adapter import Adapter, Observed, Seen, Shrink, Shrunk, resized
 
 
 class InternVL(Adapter):
@@ -22,9 +21,6 @@ class InternVL(Adapter):
 
     family: ClassVar[str] = "InternVL"
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
-
-    def vision_attention(self, model: nn.Module) -> nn.Module:
-        return last_attention(cast(nn.Module, self.base(model).vision_tower))
 
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
@@ -55,7 +51,7 @@ class InternVL(Adapter):
         call: Mapping[str, Any],
         shape: Shrink,
         count: Callable[[int], int],
-    ) -> tuple[dict[str, Any], list[tuple[tuple[int, int], tuple[int, int]]]]:
+    ) -> Shrunk:
         config = cast(Any, model.config)
         pixels, patch = call["pixel_values"], config.vision_config.patch_size[0]
         step = patch * round(1 / config.downsample_ratio)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from foveate.adapter import Adapter, Observed, Seen, Shrink, resized, whole_images
+from foveate.adapter import Adapter, Observed, Seen, Shrink, Shrunk, resized, whole_images
 
 
 class Llava(Adapter):
@@ -20,9 +20,6 @@ class Llava(Adapter):
 
     family: ClassVar[str] = "LLaVA-1.5"
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
-
-    def vision_attention(self, model: nn.Module) -> nn.Module:
-        return last_attention(cast(nn.Module, self.base(model).vision_tower))
 
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
@@ -38,7 +35,7 @@ class Llava(Adapter):
         call: Mapping[str, Any],
         shape: Shrink,
         count: Callable[[int], int],
-    ) -> tuple[dict[str, Any], list[tuple[tuple[int, int], tuple[int, int]]]]:
+    ) -> Shrunk:
         tower = cast(nn.Module, self.base(model).vision_tower)
         patch = cast(Any, tower.config).patch_size
         pixels = call["pixel_values"]
@@ -50,14 +47,3 @@ class Llava(Adapter):
                 True  # CLIP and SigLIP ask; DINOv2 does it unasked
             )
         return smaller, [(grid, small)] * pixels.shape[0]
-
-
-def last_attention(tower: nn.Module) -> nn.Module:
-    """The last attention module of a vision encoder: the one that holds its query projection."""
-    owners = [m for m in tower.modules() if "q_proj" in dict(m.named_children())]
-    if not owners:
-        raise ValueError(
-            f"{type(tower).__name__} has no attention with a q_proj, so foveate cannot see its "
-            "queries and keys; use a method that does not need attention, such as pool."
-        )
-    return owners[-1]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapter import Adapter, Observed, Seen
-from foveate.adapters.llava import last_attention
 
 
 class LlavaOnevision(Adapter):
@@ -25,9 +24,6 @@ class LlavaOnevision(Adapter):
     family: ClassVar[str] = "LLaVA-OneVision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     aligned: ClassVar[bool] = False
-
-    def vision_attention(self, model: nn.Module) -> nn.Module:
-        return last_attention(cast(nn.Module, self.base(model).vision_tower))
 
     def placeholders(self, model: nn.Module) -> Mapping[str, int]:
         config = cast(Any, model.config)

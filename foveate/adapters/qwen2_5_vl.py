@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.adapter import Adapter, Observed, Seen, Shrink, resized
+from foveate.adapter import Adapter, Grid, Observed, Seen, Shrink, Shrunk, resized
 
 
 class Qwen25VL(Adapter):
@@ -40,7 +40,7 @@ class Qwen25VL(Adapter):
 
     def grids(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
-    ) -> list[tuple[int, int] | None]:
+    ) -> list[Grid | None]:
         return [(h // 2, w // 2) for t, h, w in _grid(modality, call) for _ in range(t)]
 
     def observe(
@@ -67,7 +67,7 @@ class Qwen25VL(Adapter):
         call: Mapping[str, Any],
         shape: Shrink,
         count: Callable[[int], int],
-    ) -> tuple[dict[str, Any], list[tuple[tuple[int, int], tuple[int, int]]]]:
+    ) -> Shrunk:
         config = cast(Any, model.config).vision_config
         pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
         grids = _grid(modality, call)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from foveate.ops.knobs import one_of, within
 from foveate.ops.outliers import outlier_count
 from foveate.ops.prumerge import ORDERS, WEIGHTS, Rule, look, merge
@@ -57,7 +59,7 @@ class PruMerge(Reducer, name="prumerge"):
         within(self.name, "fence", self.fence, 0)
 
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
-        """Keep ``budget[b]`` tokens, or as many as are outlying."""
+        """Keep ``budget[b]`` tokens, or as many as the attention asks for."""
         size = tokens.x.shape[1]
         wanted = None if budget is None else one_budget(self.name, budget)
         if wanted == 0:
@@ -65,13 +67,19 @@ class PruMerge(Reducer, name="prumerge"):
         if wanted == size or size == 1:
             return unchanged(tokens)
         image = look(self.name, tokens)
-        attn = image.attn
         extra = self.extra and wanted != 1
         if wanted is None:
-            count = outlier_count(attn, self.fence).clamp(min=1).cpu()
+            kept, count = self.adapted(image.attn)
         else:
-            count = full(len(attn), wanted - int(extra))
-        order = attn.argsort(dim=-1, descending=True, stable=True)
-        kept = order[:, : int(count.max())]
-        rule = Rule(self.neighbours, self.weights, extra, self.order)
-        return merge(image, kept, count, rule)
+            kept = self.chosen(image.attn, wanted - int(extra))
+            count = full(*kept.shape)
+        return merge(image, kept, count, Rule(self.neighbours, self.weights, extra, self.order))
+
+    def adapted(self, attn: Tensor) -> tuple[Tensor, Tensor]:
+        """The outlying tokens, (B, M) by descending attention (B, N), and their counts (B,)."""
+        count = outlier_count(attn, self.fence).clamp(min=1).cpu()
+        return self.chosen(attn, int(count.max())), count
+
+    def chosen(self, attn: Tensor, wanted: int) -> Tensor:
+        """The ``wanted`` most attended tokens, (B, wanted)."""
+        return attn.argsort(dim=-1, descending=True, stable=True)[:, :wanted]

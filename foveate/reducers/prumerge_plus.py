@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from foveate.ops.knobs import one_of, within
 from foveate.ops.outliers import outlier_count
-from foveate.ops.prumerge import ORDERS, WEIGHTS, Rule, look, merge
-from foveate.ops.rows import full, nothing, one_budget, slots, unchanged
-from foveate.reducer import Reducer, Reduction, Tokens
+from foveate.ops.rows import slots
+from foveate.reducers.prumerge import PruMerge
 
 
 @dataclass(frozen=True)
-class PruMergePlus(Reducer, name="prumerge+"):
+class PruMergePlus(PruMerge, name="prumerge+"):
     """The tokens of PruMerge and a regular sample of the rest; then the same merge over both.
 
     Without a budget: with ratio = outliers / N, every ``int(int(1 / ratio) / 3)``-th slot below N -
@@ -35,67 +31,31 @@ class PruMergePlus(Reducer, name="prumerge+"):
     Attributes: as in ``prumerge``.
     """
 
-    site: ClassVar[str] = "features"
-    needs_attention: ClassVar[bool] = True
-    adaptive: ClassVar[bool] = True
+    def adapted(self, attn: Tensor) -> tuple[Tensor, Tensor]:
+        """The outlying tokens, then every stride-th slot: (B, M) and the counts (B,) on the CPU."""
+        outliers = outlier_count(attn, self.fence).clamp(min=1)
+        size, slot, rank = attn.shape[1], slots(attn), _rank(attn)
+        # In float64 through the ratio, as Python computes it.
+        step = (1 / (outliers.double() / size)).long()
+        stride = (step // 3).clamp(min=2)[:, None]
+        outlying = rank < outliers[:, None]
+        sampled = (slot % stride == 0) & (slot < size - 1) & ~outlying
+        first = torch.where(outlying, rank, slot + torch.where(sampled, size, 2 * size))
+        count = (outlying | sampled).sum(dim=-1).cpu()
+        return first.argsort(dim=-1)[:, : int(count.max())], count
 
-    neighbours: int = 32
-    fence: float = 1.5
-    order: str = "attention"
-    weights: str = "released"
-    extra: bool = True
-
-    def __post_init__(self) -> None:
-        one_of(self.name, "order", self.order, ORDERS)
-        one_of(self.name, "weights", self.weights, WEIGHTS)
-        within(self.name, "neighbours", self.neighbours, 0)
-        within(self.name, "fence", self.fence, 0)
-
-    def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
-        """Keep ``budget[b]`` tokens, or the outlying ones and three times as many samples."""
-        size = tokens.x.shape[1]
-        wanted = None if budget is None else one_budget(self.name, budget)
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == size or size == 1:
-            return unchanged(tokens)
-        image = look(self.name, tokens)
-        attn = image.attn
-        extra = self.extra and wanted != 1
-        if wanted is None:
-            kept, count = _sampled(attn, outlier_count(attn, self.fence).clamp(min=1))
-        else:
-            kept = _spread(attn, wanted - int(extra))
-            count = full(*kept.shape)
-        rule = Rule(self.neighbours, self.weights, extra, self.order)
-        return merge(image, kept, count, rule)
+    def chosen(self, attn: Tensor, wanted: int) -> Tensor:
+        """A quarter of ``wanted`` by attention, the others evenly over the rest: (B, wanted)."""
+        size = attn.shape[1]
+        most = min(wanted, max(1, round(wanted / 4)))
+        order = attn.argsort(dim=-1, descending=True, stable=True)
+        rest = order[:, most:].sort(dim=-1).values  # (B, N - most), raster order
+        samples = torch.arange(wanted - most, device=attn.device)
+        place = (2 * samples + 1) * (size - most) // (2 * max(1, wanted - most))
+        return torch.cat((order[:, :most], rest[:, place]), dim=1)
 
 
 def _rank(attn: Tensor) -> Tensor:
     """The place of each token by descending attention: (B, N) long."""
     order = attn.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(order).scatter(1, order, slots(order))
-
-
-def _sampled(attn: Tensor, outliers: Tensor) -> tuple[Tensor, Tensor]:
-    """Outliers, then every stride-th slot: (B, M) and the counts (B,) on the CPU."""
-    size, slot, rank = attn.shape[1], slots(attn), _rank(attn)
-    # In float64 through the ratio, as Python computes it.
-    step = (1 / (outliers.double() / size)).long()
-    stride = (step // 3).clamp(min=2)[:, None]
-    outlying = rank < outliers[:, None]
-    sampled = (slot % stride == 0) & (slot < size - 1) & ~outlying
-    first = torch.where(outlying, rank, slot + torch.where(sampled, size, 2 * size))
-    count = (outlying | sampled).sum(dim=-1).cpu()
-    return first.argsort(dim=-1)[:, : int(count.max())], count
-
-
-def _spread(attn: Tensor, wanted: int) -> Tensor:
-    """A quarter of ``wanted`` by attention, the others evenly over the rest: (B, wanted)."""
-    size = attn.shape[1]
-    most = min(wanted, max(1, round(wanted / 4)))
-    order = attn.argsort(dim=-1, descending=True, stable=True)
-    rest = order[:, most:].sort(dim=-1).values  # (B, N - most), raster order
-    samples = torch.arange(wanted - most, device=attn.device)
-    place = (2 * samples + 1) * (size - most) // (2 * max(1, wanted - most))
-    return torch.cat((order[:, :most], rest[:, place]), dim=1)
