@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 Row = Mapping[str, Any]
+_ABREAST = 5  # columns of recipes that fit into 80 characters
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -60,44 +61,35 @@ def _answer(row: Row, dense: Row) -> Iterable[RenderableType]:
 
 
 def bench(result: Row) -> RenderableType:
-    """Stages, then what was gained against what could be."""
-    prompt = result["prompt"]
+    """Stages, then what was gained against what could be; a column a recipe, five at a time."""
+    prompt, rows = result["prompt"], result["rows"]
     items = f"{prompt['frames']} frames" if prompt["frames"] else f"{prompt['images']} image(s)"
-    table = _table(
+    title = (
         f"{result['model']} on {result['device']}, {result['dtype']}: batch {prompt['batch']}, "
-        f"{items}, {result['rows'][0]['prompt_tokens']} tokens"
+        f"{items}, {rows[0]['prompt_tokens']} tokens"
     )
-    table.add_column("recipe", style="cyan", no_wrap=True)
-    heads = (
-        "vision\ntokens",
-        "vision\nms",
-        "prefill\nms",
-        "± half\nIQR",
-        "reducing\nms",
-        "decode\nms",
-    )
-    for name in (*heads, "KV\nMiB", "peak\nMiB", "speed-\nup", "FLOPs\nlimit", "attain-\nable ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("effi-\nciency", justify="right", no_wrap=True)
-    for row in result["rows"]:
-        low, high = row["spread"]["prefill_ms"]
-        table.add_row(
-            row["recipe"],
-            f"{row['vision_tokens']:.0f}",
-            f"{row['vision_ms']:.1f}",
-            f"{row['prefill_ms']:.1f}",
-            f"{(high - low) / 2:.1f}",
-            f"{row['reduce_ms']:.1f}",
-            f"{row['decode_ms']:.1f}",
-            _mebi(row["kv_bytes"]),
-            _mebi(row["peak_bytes"]),
-            f"{row['speedup']:.2f}×",
-            f"{row['limit']:.2f}×",
-            "–" if row["attainable_ms"] is None else f"{row['attainable_ms']:.1f}",
-            "–" if row["efficiency"] is None else f"{row['efficiency']:.2f}",
-        )
+    parts = [rows[i : i + _ABREAST] for i in range(0, len(rows), _ABREAST)]
     notes = [*result["verdicts"], _legend(result)]
-    return Group(table, *(Text(note) for note in notes))
+    return Group(Text(title, "bold"), *map(_stages, parts), *(Text(note) for note in notes))
+
+
+def _stages(rows: Sequence[Row]) -> Table:
+    table = _table("")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["recipe"], style="cyan", justify="right", overflow="fold")
+    for name, said in _STAGES.items():
+        table.add_row(name, *(said(row) for row in rows), end_section=name in _LAST)
+    return table
+
+
+def _half_spread(row: Row) -> str:
+    low, high = row["spread"]["prefill_ms"]
+    return f"{(high - low) / 2:.1f}"
+
+
+def _maybe(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _legend(result: Row) -> str:
@@ -185,3 +177,20 @@ def _mebi(value: int | None) -> str:
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+
+
+_STAGES: Mapping[str, Callable[[Row], str]] = {
+    "vision tokens": lambda row: f"{row['vision_tokens']:.0f}",
+    "KV MiB": lambda row: _mebi(row["kv_bytes"]),
+    "peak MiB": lambda row: _mebi(row["peak_bytes"]),
+    "vision ms": lambda row: f"{row['vision_ms']:.1f}",
+    "prefill ms": lambda row: f"{row['prefill_ms']:.1f}",
+    "  ± half IQR": _half_spread,
+    "  reducing ms": lambda row: f"{row['reduce_ms']:.1f}",
+    "decode ms": lambda row: f"{row['decode_ms']:.1f}",
+    "speed-up": lambda row: f"{row['speedup']:.2f}×",
+    "FLOPs limit": lambda row: f"{row['limit']:.2f}×",
+    "attainable ms": lambda row: _maybe(row["attainable_ms"], 1),
+    "efficiency": lambda row: _maybe(row["efficiency"], 2),
+}
+_LAST = ("peak MiB", "decode ms")  # a line below these
