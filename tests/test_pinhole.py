@@ -1,76 +1,30 @@
-"""pinhole: packing equals separate chats, weights merge, parts and folders are checked."""
+"""pinhole: packing equals separate chats, weights merge, images reach working size, releases."""
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import miniature
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from foveate.pinhole import weights
-from foveate.pinhole.packed import Rows, Sizes, Student
-
-SIZES = Sizes(
-    layers=3, heads=3, kv_heads=1, theta=10_000.0, norm_eps=1e-5, vision_layers=2, vision_heads=2
-)
-IMAGE = 90
-
-
-def tiny() -> Any:
-    """A LLaVA of pinhole's layout, random weights: 3 layers of 192, DINOv2 of 3 of 128."""
-    from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(0)
-    vision = Dinov2Config(
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        layerscale_value=0.5,
-    )
-    text = LlamaConfig(
-        vocab_size=96,
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=16,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-def student(model: Any) -> Student:
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    table = state["model.vision_tower.embeddings.position_embeddings"]
-    made = Student(state, SIZES, table, rank=4, vision_rank=2, dtype=torch.float32)
-    for name, parameter in made.named_parameters():
-        if parameter.requires_grad and name.endswith(".b"):
-            torch.nn.init.normal_(parameter, std=0.05)
-    return made
+from foveate.pinhole import assembly, release, weights
+from foveate.pinhole.bank import Bank, normalise, resized
+from foveate.pinhole.packed import Rows, Student
 
 
 def rows(pixels: Tensor, segments: list[list[int]]) -> Rows:
     """One row: header 5 6, 16 image tokens, newline 7, then the segments; every token a target."""
-    prefix = torch.tensor([5, 6] + [IMAGE] * 16 + [7])
+    prefix = torch.tensor([5, 6] + [miniature.IMAGE] * 16 + [7])
     text, segment, position, target = [], [], [], []
     for number, ids in enumerate(segments):
         text += ids
@@ -83,17 +37,19 @@ def rows(pixels: Tensor, segments: list[list[int]]) -> Rows:
     return Rows(pixels, prefix, 2, *tensors, torch.ones_like(tensors[0], dtype=torch.float))
 
 
-def test_packed_rows_give_the_losses_of_separate_chats() -> None:
-    model = tiny()
-    trained = student(model)
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "apart"])
+def test_packed_rows_give_the_losses_of_separate_chats(merged: bool) -> None:
+    model = miniature.llava()
+    trained = miniature.student(model, merged=merged)
     segments = [[11, 12, 13, 14], [21, 22, 23], [31, 32, 33, 34, 35, 36]]
     pixels = torch.randn(1, 3, 56, 56)
-    packed, _, _ = trained(rows(pixels, segments))
+    with torch.no_grad():
+        packed, _, _ = trained(rows(pixels, segments))
     exported = {k: v.float() for k, v in _exact(trained).items()}
     model.load_state_dict(weights.merge(model.state_dict(), exported))
     single = []
     for ids in segments:
-        whole = torch.tensor([[5, 6] + [IMAGE] * 16 + [7, *ids]])
+        whole = torch.tensor([[5, 6] + [miniature.IMAGE] * 16 + [7, *ids]])
         with torch.no_grad():
             logits = model(input_ids=whole, pixel_values=pixels).logits
         logp = logits[0, 19:-1].log_softmax(-1)
@@ -111,14 +67,12 @@ def _exact(trained: Student) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, value in trained.named_parameters():
             value.copy_(before[name])
-    from unittest.mock import patch
-
     with patch("torch.bfloat16", torch.float32):
         return trained.export()
 
 
 def test_only_deltas_and_projector_are_trained() -> None:
-    trained = student(tiny())
+    trained = miniature.student(miniature.llava())
     names = {k.split(".")[0] for k, v in trained.named_parameters() if v.requires_grad}
     assert names == {"language", "vision", "projector"}
 
@@ -128,13 +82,172 @@ def test_unknown_names_are_refused() -> None:
         weights.merge({"a": torch.zeros(1)}, {"b": torch.zeros(1)})
 
 
-def test_a_part_with_other_bytes_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from foveate.pinhole import parts
+# --- pictures ----------------------------------------------------------------------------------
 
-    (tmp_path / parts.VISION.filename).write_bytes(b"not it")
-    monkeypatch.setenv("FOVEATE_PARTS", str(tmp_path))
-    monkeypatch.setattr(parts, "_installed", lambda part: None)
-    with pytest.raises(parts.PartError, match="sha256"):
-        parts.locate(parts.VISION, tmp_path)
+
+def picture(width: int, height: int) -> Image.Image:
+    """A smooth picture in which every place is different."""
+    y, x = np.mgrid[:height, :width]
+    planes = [x * 255 / width, y * 255 / height, 127 + 120 * np.sin(x / 9) * np.cos(y / 7)]
+    return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
+
+
+def reference(image: Image.Image) -> Tensor:
+    """What pinhole is to see: Pillow's bicubic at working size, normalised."""
+    side = assembly.IMAGE_SIZE
+    array = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float64) / 255
+    array = (array - assembly.IMAGE_MEAN) / assembly.IMAGE_STD
+    return torch.from_numpy(array).permute(2, 0, 1).float()
+
+
+@pytest.mark.parametrize("size", [(336, 336), (64, 64), (224, 224), (400, 300)])
+def test_training_pictures_of_any_size_look_as_the_processor_makes_them(
+    size: tuple[int, int],
+) -> None:
+    image = picture(*size)
+    array = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    seen = normalise(resized(array))[0]
+    assert seen.shape == (3, assembly.IMAGE_SIZE, assembly.IMAGE_SIZE)
+    levels = (seen - reference(image)).abs() * 255 * torch.tensor(assembly.IMAGE_STD)[:, None, None]
+    assert levels.max() < 1.6  # of 255: rounding between the two passes of Pillow
+
+
+def test_a_batch_of_the_bank_is_at_working_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photos are stored at 224, easy-VQA at 64 and scenes drawn at 336; rows come in that order."""
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # photos: no crop
+    easy, drawn = picture(64, 64), picture(336, 336)
+    planes = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None] for i in (easy, drawn)]
+    flat = torch.full((2, 3, 224, 224), 90, dtype=torch.uint8)
+    flat[1] += 60
+    bank = Bank(flat, planes[0], torch.zeros(5, dtype=torch.long), 1)
+    batch = {"photo": np.array([1]), "flip": np.array([False]), "easy": np.array([0])}
+    batch |= {"drawn": planes[1].numpy()}
+    batch |= {k: np.zeros((3, 4), np.int64) for k in ("text", "segment", "position", "target")}
+    batch["weight"] = np.zeros((3, 4), np.float32)
+    pixels = bank.rows(batch).pixels
+    assert pixels.shape == (3, 3, 224, 224)
+    for seen, shown in zip(
+        pixels, (Image.new("RGB", (9, 9), (150, 150, 150)), easy, drawn), strict=True
+    ):
+        torch.testing.assert_close(seen, reference(shown), atol=0.03, rtol=0)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with pinhole's processor and a small tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = miniature.tokenizer_file(tmp_path / "tokenizer.json", ["is there a dog"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(file), unk_token="<unk>", pad_token="<unk>"
+    )
+    assembly._processor(tokenizer).save_pretrained(tmp_path / "processor")
+    return tmp_path / "processor"
+
+
+def test_pixels_are_pillows_and_loading_is_quiet(saved: Path, warned: list[str]) -> None:
+    processor = assembly.read_processor(saved)
+    image = picture(400, 300)
+    pixels = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, reference(image), atol=1e-5, rtol=0)
+    assert warned == []
+
+
+def test_the_image_processor_is_pillows_whatever_else_is_installed(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlavaProcessor
+
+    class Torchvision:
+        """Where torchvision is installed, transformers chooses another class."""
+
+    loaded = LlavaProcessor.from_pretrained(saved)
+    loaded.image_processor = Torchvision()
+    monkeypatch.setattr(LlavaProcessor, "from_pretrained", lambda folder: loaded)
+    assert type(assembly.read_processor(saved).image_processor).__name__ == "BitImageProcessorPil"
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What transformers says at level WARNING and above."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler])
+    return said
+
+
+# --- releases ----------------------------------------------------------------------------------
+
+
+def measured(**more: Any) -> dict[str, Any]:
+    row = {"task": "easyvqa", "blank": False, "n": 8, "score": 0.625, "ci_low": 0.31}
+    row |= {"ci_high": 0.86, "seconds": 3.0}
+    hidden = row | {"blank": True, "score": 0.25}
+    return {"device": "cpu (one)", "dtype": "float32", "rows": [row, hidden]} | more
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    save_file({"x": torch.ones(2)}, tmp_path / "trained.safetensors", {"licences": "free"})
+    return tmp_path / "trained.safetensors"
+
+
+def test_a_release_carries_its_scores(tmp_path: Path, trained: Path) -> None:
+    card, scores, target = (tmp_path / n for n in ("card.md", "scores.json", "weights.safetensors"))
+    card.write_text("# pinhole\n<!-- scores -->\nnot yet measured\n<!-- /scores -->\nend\n")
+    scores.write_text(json.dumps(measured()))
+    for _ in range(2):  # again over its own result
+        release.release(trained, scores, target, card)
+    with safe_open(target, framework="pt") as opened:
+        about = opened.metadata()
+        assert torch.equal(opened.get_tensor("x"), torch.ones(2))
+    assert about["licences"] == "free"
+    assert [r["score"] for r in json.loads(about["scores"])] == [0.625, 0.25]
+    lines = card.read_text().splitlines()
+    assert lines[:2] == ["# pinhole", "<!-- scores -->"]
+    assert lines[-2:] == ["<!-- /scores -->", "end"]
+    assert "| easyvqa | 8 | 62.5% | 31.0% – 86.0% | 25.0% |" in lines
+    assert "not yet measured" not in lines and lines.count("<!-- scores -->") == 1
+
+
+def test_the_model_card_has_a_place_for_scores() -> None:
+    card = Path(__file__).parents[1] / "docs" / "pinhole.md"
+    assert "62.5%" in release.written(card, measured())
+
+
+@pytest.mark.parametrize(
+    ("card", "scores", "message"),
+    [
+        ("no markers", measured(), "<!-- scores -->"),
+        ("<!-- scores --><!-- /scores -->", {"rows": []}, "lacks 'device'"),
+    ],
+)
+def test_a_release_says_what_is_wrong(
+    tmp_path: Path,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    card: str,
+    scores: dict[str, Any],
+    message: str,
+) -> None:
+    import typer
+
+    (tmp_path / "card.md").write_text(card)
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    monkeypatch.setattr(weights, "file", lambda: tmp_path / "target.safetensors")
+    with pytest.raises(typer.Exit) as stopped:
+        release.main(trained, tmp_path / "scores.json", tmp_path / "card.md")
+    assert stopped.value.exit_code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "target.safetensors").exists()
+
+
+def test_weights_too_large_to_ship_are_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "LARGEST", 10)
+    with pytest.raises(ValueError, match="--rank"):
+        release.release(trained, None, tmp_path / "target", tmp_path / "card.md")

@@ -7,6 +7,7 @@ place, gets a manifest of checksums last and is renamed into place: it is whole 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -91,7 +92,12 @@ def cache() -> Path:
             raise convert.missing("platformdirs") from error
         named = user_cache_dir("foveate")
     folder = Path(named).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"The cache {folder} cannot be made ({error.strerror}); name a folder in FOVEATE_CACHE."
+        ) from None
     return folder
 
 
@@ -100,16 +106,19 @@ def base(workdir: Path) -> tuple[weights.State, LlavaConfig, LlavaProcessor]:
 
     ``FOVEATE_PARTS/vision.safetensors``, when there, is taken as the converted vision part.
     """
+    _require("gguf", *(() if _given_vision() else ("onnx",)))
     gguf = parts.locate(parts.LANGUAGE, workdir)
     tokenizer = _tokenizer(gguf)
     vision = _vision(workdir)
     language = convert.language_state(gguf)
     rows = -(-len(tokenizer) // 64) * 64
     language["embed_tokens.weight"] = _grow(language["embed_tokens.weight"], rows)
-    config = _config(convert.language_config(gguf) | {"vocab_size": rows}, len(tokenizer) - 1)
+    text = convert.language_config(gguf) | {"vocab_size": rows}
+    sizes = convert.vision_config(vision)
+    config = _config(text, sizes, len(tokenizer) - 1)
     state = {f"model.vision_tower.{k}": v for k, v in vision.items()}
     state |= {f"model.language_model.{k}": v for k, v in language.items()}
-    state |= _projector(384, language["embed_tokens.weight"].shape[1])
+    state |= _projector(sizes["hidden_size"], language["embed_tokens.weight"].shape[1])
     state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     return state, config, _processor(tokenizer)
 
@@ -166,6 +175,8 @@ def _scratch(target: Path) -> str:
 def _version(untrained: bool) -> str:
     """Names everything the folder is made of; ten hex digits."""
     known = [str(VERSION), str(IMAGE_SIZE), parts.LANGUAGE.sha256, parts.VISION.sha256]
+    if (given := _given_vision()) is not None:
+        known.append(parts.sha256(given))
     if untrained or not weights.file().is_file():
         known.append("untrained" if untrained else "missing")
     else:
@@ -196,13 +207,25 @@ def _lock(target: Path) -> Any:
 
 
 def _vision(workdir: Path) -> weights.State:
-    given = Path(os.environ.get("FOVEATE_PARTS") or os.devnull) / "vision.safetensors"
-    if given.is_file():
+    if (given := _given_vision()) is not None:
         from safetensors.torch import load_file
 
         _say(f"vision part taken as converted from {given}")
         return {name: tensor.float() for name, tensor in load_file(given).items()}
     return convert.vision_state(parts.locate(parts.VISION, workdir))
+
+
+def _given_vision() -> Path | None:
+    """The converted vision part, where someone put one."""
+    given = Path(os.environ.get("FOVEATE_PARTS") or os.devnull) / "vision.safetensors"
+    return given if given.is_file() else None
+
+
+def _require(*packages: str) -> None:
+    """Complain about what is not installed before anything large is fetched."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise convert.missing(package)
 
 
 def _tokenizer(gguf: Path) -> Any:
@@ -242,19 +265,12 @@ def _processor(tokenizer: Any) -> LlavaProcessor:
     )
 
 
-def _config(language: dict[str, Any], image_token: int) -> LlavaConfig:
+def _config(language: dict[str, Any], vision: dict[str, Any], image_token: int) -> LlavaConfig:
     from transformers import Dinov2Config, LlamaConfig, LlavaConfig
 
     special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    vision = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=518,
-        patch_size=PATCH_SIZE,
-    )
     return LlavaConfig(
-        vision_config=vision,
+        vision_config=Dinov2Config(**vision),
         text_config=LlamaConfig(**language),
         image_token_index=image_token,
         image_seq_length=IMAGE_TOKENS,

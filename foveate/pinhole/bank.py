@@ -34,8 +34,8 @@ class Bank:
         device = self.photos.device
         parts = [
             self._photos(torch.from_numpy(batch["photo"]), torch.from_numpy(batch["flip"])),
-            enlarge(self.easy[torch.from_numpy(batch["easy"]).to(device)]),
-            enlarge(torch.from_numpy(batch["drawn"]).to(device)),
+            resized(self.easy[torch.from_numpy(batch["easy"]).to(device)]),
+            resized(torch.from_numpy(batch["drawn"]).to(device)),
         ]
         text = {
             k: torch.from_numpy(batch[k]).to(device)
@@ -48,12 +48,12 @@ class Bank:
         x = self.photos[index.to(device)]
         x = torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)
         if torch.rand(()) < 0.5:
-            return enlarge(x)
+            return resized(x)
         return _cropped(x.float())
 
 
-def enlarge(x: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to working size, much as the processor does it (bicubic), in 0..255."""
+def resized(x: Tensor) -> Tensor:
+    """(B, 3, H, W) of any size to working size, as the processor does it (bicubic), in 0..255."""
     if x.shape[0] == 0:
         return x.new_zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float32)
     size = (IMAGE_SIZE, IMAGE_SIZE)

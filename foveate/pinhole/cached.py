@@ -44,7 +44,7 @@ class Features:
     """Features (N, tokens, D) of a list of images in a file, made once and in order."""
 
     def __init__(self, file: Path, count: int, width: int = 384) -> None:
-        self.file, self.count = file, count
+        self.file, self.count, self.width = file, count, width
         self._done = file.with_suffix(".done")
         shape = (count, IMAGE_TOKENS, width)
         mode: Literal["r+", "w+"] = "r+" if file.is_file() else "w+"
@@ -129,7 +129,7 @@ def align(
     for step in range(steps):
         index = torch.randint(0, features.count, (96,), generator=draw).tolist()
         chosen = cells(len(index), 2, draw)
-        x = features.take(index).gather(1, chosen[..., None].expand(-1, -1, 384))
+        x = features.take(index).gather(1, chosen[..., None].expand(-1, -1, features.width))
         patches = student.project(x.to(student.dtype)).float()
         near = F.normalize(patches - vocabulary.embeddings.mean(0), dim=-1) @ target.T
         score = (near * SHARPNESS).logsumexp(1) + bias
@@ -285,7 +285,7 @@ class CachedRun:
         )
 
     def tune(self, minutes: float, check_every: float, batch: int = 12) -> Iterator[str]:
-        """Step 3: by the clock, a checkpoint every five minutes, a check every ``check_every`` s."""
+        """Step 3, by the clock: a checkpoint every five minutes, checks as often as told (s)."""
         parts = list(self.student.projector.parameters())
         deltas = list(self.student.language.parameters())
         optimizer = torch.optim.AdamW(

