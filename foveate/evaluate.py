@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -29,7 +29,10 @@ BLANK = (124, 116, 104)
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome on one task: mean score, its interval, and what was answered to every example."""
+    """The outcome on one task: mean score, its interval, and what was answered to every example.
+
+    ``vision_tokens`` is the mean of an example's prompt, before any reduction.
+    """
 
     task: str
     n: int
@@ -37,6 +40,7 @@ class Result:
     ci_low: float
     ci_high: float
     by: dict[str, tuple[int, float]]
+    vision_tokens: float
     answers: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,12 +65,18 @@ def evaluate(
     ``blank`` replaces every image by one of mean colour: what the questions alone give away.
     ``likelihood`` compares choices by ``mean`` or ``sum`` of their tokens' log-probabilities.
     """
+    if len(task) == 0:
+        raise ValueError(
+            f"{task.name} finds nothing to ask here; give it more photos or another --split."
+        )
     answers: list[str] = []
     scores: list[float] = []
     kinds: list[str] = []
+    seen = 0
     for examples in _batches(task, batch_size, blank):
-        given = _answer(model, processor, examples, likelihood)
+        given, tokens = _answer(model, processor, examples, likelihood)
         answers += given
+        seen += tokens
         scores += [task.score(e, a) for e, a in zip(examples, given, strict=True)]
         kinds += [e.meta.get("kind", "") for e in examples]
         if advance:
@@ -78,7 +88,7 @@ def evaluate(
     }
     by = {k: by[k] for k in sorted(by) if k}
     n, score = _mean(scores)
-    return Result(task.name, n, score, low, high, by, tuple(answers))
+    return Result(task.name, n, score, low, high, by, seen / n, tuple(answers))
 
 
 def measure(
@@ -104,7 +114,8 @@ def measure(
                 model, processor, one, batch_size=batch_size, blank=hidden, advance=done
             )
             seconds = round(time.monotonic() - begun, 1)
-            yield {"recipe": "dense", "blank": hidden, **result.to_dict(), "seconds": seconds}
+            dense = {"recipe": "dense", "agreement": 1.0, "flops_ratio": 1.0}
+            yield {**dense, "blank": hidden, **result.to_dict(), "seconds": seconds}
 
 
 def interval(scores: list[float]) -> tuple[float, float]:
@@ -147,24 +158,33 @@ def _batches(task: Task, size: int, blank: bool) -> Iterator[list[Example]]:
             waiting = coming
 
 
-def _answer(model: Any, processor: Any, examples: list[Example], likelihood: str) -> list[str]:
+def _answer(
+    model: Any, processor: Any, examples: list[Example], likelihood: str
+) -> tuple[list[str], int]:
+    """What is answered to each example, and the vision tokens of all their prompts."""
     if any(e.choices for e in examples):
         return _choose(model, processor, examples, likelihood)
-    inputs = _inputs(model, processor, [(e, "") for e in examples])
+    inputs = _inputs(model, processor, examples, [_prompt(processor, e) for e in examples])
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     new = out[:, inputs["input_ids"].shape[1] :]
-    return [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
+    answers = [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
+    return answers, sum(_vision_tokens(model, inputs))
 
 
-def _choose(model: Any, processor: Any, examples: list[Example], likelihood: str) -> list[str]:
+def _choose(
+    model: Any, processor: Any, examples: list[Example], likelihood: str
+) -> tuple[list[str], int]:
     """The likeliest choice of each example, all of them in one forward."""
     pairs = [(e, c) for e in examples for c in e.choices]
-    end = processor.tokenizer.eos_token
+    end = processor.tokenizer.eos_token or ""
+    prompts = [_prompt(processor, e) for e, _ in pairs]
+    texts = [p + c + end for p, (_, c) in zip(prompts, pairs, strict=True)]
     lengths = [
-        len(processor.tokenizer(c + end, add_special_tokens=False)["input_ids"]) for _, c in pairs
+        len(whole) - len(start)
+        for whole, start in zip(*(_ids(processor, some) for some in (texts, prompts)), strict=True)
     ]
-    inputs = _inputs(model, processor, [(e, c + end) for e, c in pairs])
+    inputs = _inputs(model, processor, [e for e, _ in pairs], texts)
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=max(lengths) + 1).logits
     ids = inputs["input_ids"][:, -max(lengths) :]
@@ -173,25 +193,41 @@ def _choose(model: Any, processor: Any, examples: list[Example], likelihood: str
         float(row[-n:].mean() if likelihood == "mean" else row[-n:].sum())
         for row, n in zip(logp, lengths, strict=True)
     ]
-    chosen, at = [], 0
+    tokens = _vision_tokens(model, inputs)
+    chosen, seen, at = [], 0, 0
     for e in examples:
         part = scores[at : at + len(e.choices)]
         chosen.append(e.choices[part.index(max(part))])
+        seen += tokens[at]
         at += len(e.choices)
-    return chosen
+    return chosen, seen
 
 
-def _inputs(model: Any, processor: Any, asked: list[tuple[Example, str]]) -> Any:
-    """Processor output for single-turn chats, each followed by the given start of an answer."""
-    texts = []
-    for example, answer in asked:
-        content = [{"type": "image"}, {"type": "text", "text": example.question}]
-        chat = [{"role": "user", "content": content}]
-        texts.append(processor.apply_chat_template(chat, add_generation_prompt=True) + answer)
-    images = [example.image for example, _ in asked]
-    processor.tokenizer.padding_side = "left"
-    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
+def _prompt(processor: Any, example: Example) -> str:
+    """The text of a single-turn chat, up to where the answer begins."""
+    content = [{"type": "image"}, {"type": "text", "text": example.question}]
+    chat = [{"role": "user", "content": content}]
+    return cast(str, processor.apply_chat_template(chat, add_generation_prompt=True))
+
+
+def _ids(processor: Any, texts: list[str]) -> list[list[int]]:
+    return cast(list[list[int]], processor.tokenizer(texts)["input_ids"])
+
+
+def _inputs(model: Any, processor: Any, examples: list[Example], texts: list[str]) -> Any:
+    """The processor's output for ``texts`` about the examples' images, padded on the left."""
+    images = [example.image for example in examples]
+    inputs = processor(
+        images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
+    )
     return inputs.to(model.device, model.dtype)
+
+
+def _vision_tokens(model: Any, inputs: Any) -> list[int]:
+    """The number of image placeholders in each prompt."""
+    placeholder = getattr(model.config, "image_token_id", None)
+    count: list[int] = (inputs["input_ids"] == placeholder).sum(-1).tolist()
+    return count
 
 
 def main() -> None:
@@ -199,7 +235,8 @@ def main() -> None:
     try:
         import typer
     except ImportError:
-        sys.exit("foveate: evaluation needs typer: pip install 'foveate[eval]'")
+        print("foveate: evaluation needs typer: pip install 'foveate[eval]'", file=sys.stderr)
+        sys.exit(2)
     of_model = typer.Option("pinhole", help="pinhole, a Hub id or a local folder.")
     of_task = typer.Option("easyvqa", help="Names of tasks, with commas between them.")
     of_limit = typer.Option(500, min=1, help="Examples of each task.")

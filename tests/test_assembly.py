@@ -401,7 +401,7 @@ def test_a_killed_process_gives_way_to_one_that_waits(
     sign.unlink()
     left = {p.name for p in assembly.cache().iterdir()}
     assert left == {found[0].name, f".{found[0].name}.lock"}, (
-        "the killed one's folder is still here"
+        "the killed one's folder stays"
     )
 
 

@@ -9,6 +9,8 @@ from foveate.tasks.example import Example, Task
 
 __all__ = ["Example", "Task", "names", "task"]
 
+SPLITS = ("train", "validation", "test")
+
 
 def names() -> tuple[str, ...]:
     """Every task that ``task`` knows."""
@@ -25,10 +27,16 @@ def task(
     seed: int = 0,
     limit: int | None = None,
 ) -> Task:
-    """The task of that name. ``data`` is a folder of photos, for the tasks that need one."""
+    """The task of that name. ``data`` is a folder of photos, for the tasks that need one.
+
+    Photos have the splits that the folder holds. Of easyvqa, ``validation`` and ``test`` are the
+    package's test split; drawn scenes differ in every split.
+    """
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
         raise ValueError(f"no task {name!r}; did you mean {near!r}? Tasks: {', '.join(names())}")
+    if not name.startswith("flickr8k") and split not in SPLITS:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(SPLITS)}.")
     if name == "easyvqa":
         from foveate.tasks.easyvqa import EasyVQA
 

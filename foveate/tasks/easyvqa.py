@@ -34,7 +34,7 @@ def sentence(question: str) -> str:
 
 @dataclass(frozen=True)
 class EasyVQA:
-    """The questions of one split; ``validation`` is the package's test split."""
+    """The questions of one split; any but ``train`` is the package's test split."""
 
     data: str | Path | None = None
     split: str = "validation"

@@ -117,7 +117,8 @@ class Choice:
     name: str = "flickr8k-choice"
 
     def __len__(self) -> int:
-        return min(len(self.photos), self.limit or len(self.photos))
+        count = len(self.photos) if len(self.photos) > 2 else 0
+        return min(count, self.limit or count)
 
     def example(self, index: int) -> Example:
         rng = random.Random(f"{self.seed} choice {index}")

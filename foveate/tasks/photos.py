@@ -25,14 +25,19 @@ class Photos:
     @cached_property
     def rows(self) -> list[tuple[str, tuple[str, ...]]]:
         """(file name, captions) of every photo."""
-        lines = (self.folder / f"{self.split}.jsonl").read_text().splitlines()
-        items = [json.loads(line) for line in lines]
-        return [(item["image"], tuple(item["captions"])) for item in items]
+        file = self.folder / f"{self.split}.jsonl"
+        lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
+        return [_row(line, f"{file}, line {n}") for n, line in lines if line.strip()]
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
-        with tarfile.open(self._tar) as archive:
-            return {Path(m.name).name: (m.offset_data, m.size) for m in archive if m.isfile()}
+        try:
+            with tarfile.open(self._tar, "r:") as archive:
+                return {Path(m.name).name: (m.offset_data, m.size) for m in archive if m.isfile()}
+        except tarfile.TarError as error:
+            raise ValueError(
+                f"{self._tar} is damaged or is not an uncompressed tar ({error})."
+            ) from None
 
     @property
     def _tar(self) -> Path:
@@ -42,11 +47,17 @@ class Photos:
         return len(self.rows)
 
     def image(self, index: int) -> Image.Image:
-        offset, size = self._places[self.rows[index][0]]
+        name = Path(self.rows[index][0]).name
+        if name not in self._places:
+            raise ValueError(f"{self._tar} holds no {name}, which {self.split}.jsonl names.")
+        offset, size = self._places[name]
         with self._tar.open("rb") as file:
             file.seek(offset)
             data = file.read(size)
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        try:
+            return Image.open(io.BytesIO(data)).convert("RGB")
+        except (OSError, SyntaxError):
+            raise ValueError(f"{name} in {self._tar} is not a picture or is damaged.") from None
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.rows[index][1]
@@ -58,12 +69,31 @@ def photos(data: str | Path | None, split: str) -> Photos:
     for folder in places:
         if (folder / f"{split}.jsonl").is_file() and (folder / f"{split}.tar").is_file():
             return Photos(folder, split)
+    there = " or ".join(f"{p} (splits there: {_splits(p)})" for p in places)
     raise FileNotFoundError(
-        f"no {split}.tar and {split}.jsonl in {' or '.join(str(p) for p in places)}.\n"
+        f"no {split}.tar and {split}.jsonl in {there}.\n"
         'Name a folder that holds them, one {"image": ..., "captions": [...]} a line: '
         "--data DIR --split S. Tasks that need no folder: easyvqa, scenes-where, scenes-count, "
         "scenes-words."
     )
+
+
+def _splits(folder: Path) -> str:
+    named = sorted(p.stem for p in folder.glob("*.jsonl") if p.with_suffix(".tar").is_file())
+    return ", ".join(named) or "none"
+
+
+def _row(line: str, where: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        item = json.loads(line)
+        image, captions = item["image"], item["captions"]
+        if isinstance(captions, str) or not all(isinstance(t, str) for t in (image, *captions)):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f'{where} is not of the form {{"image": "a.jpg", "captions": ["…", "…"]}}: {line[:80]}'
+        ) from None
+    return image, tuple(captions)
 
 
 def sentence(caption: str) -> str:

@@ -1,0 +1,458 @@
+"""Tasks: every label follows from what was drawn or from the captions, the same every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import miniature
+import numpy as np
+import pytest
+from PIL import Image
+
+from foveate.tasks import Example, easyvqa, names, scenes, task
+from foveate.tasks.example import matches
+from foveate.tasks.lexicon import things, words
+from foveate.tasks.photos import photos, sentence
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
+needs_photos = pytest.mark.skipif(
+    not (SHARED / "validation.tar").is_file(), reason=f"no Flickr8k in {SHARED}"
+)
+DRAWN = ("scenes-where", "scenes-count", "scenes-words")
+
+
+def print_of(example: Example) -> tuple[Any, ...]:
+    digest = hashlib.sha256(example.image.tobytes()).hexdigest()
+    return digest, example.question, example.answer, example.choices
+
+
+# --- captioned photos --------------------------------------------------------------------------
+
+NOUNS = ("dog", "snow", "car", "guitar", "horse", "tent", "flag", "train")
+
+
+def captions() -> list[list[str]]:
+    """48 photos, each showing two of the nouns and saying so in two captions of three."""
+    said = []
+    for i in range(48):
+        a, b = NOUNS[i % 8], NOUNS[(i + 1 + i // 16) % 8]
+        said.append([f"A {a} beside a {b} .", f"There is a {b} and the {a} .", f"Thing {i} ."])
+    return said
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return miniature.photo_folder(tmp_path / "photos", captions())
+
+
+def number_of(image: Image.Image) -> int:
+    """Which photo of ``miniature.photo_folder`` this is, by its colour."""
+    seen = np.asarray(image, float).mean((0, 1))
+    return int(np.argmin([np.abs(seen - miniature.colour(i)).sum() for i in range(48)]))
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n.startswith("flickr8k-yesno")])
+def test_yes_and_no_follow_the_captions_and_are_balanced(name: str, folder: Path) -> None:
+    made = task(name, data=folder)
+    asked: Counter[tuple[str, str]] = Counter()
+    assert len(made) > 40
+    for i in range(len(made)):
+        example = made.example(i)
+        noun = re.fullmatch(r"(Is|Are) there (?:an? )?(.+) in the image\?", example.question)
+        assert noun
+        shown = captions()[number_of(example.image)]
+        mentions = sum(bool(re.search(rf"\b{noun[2]}\b", c.lower())) for c in shown)
+        assert mentions == (2 if example.answer == "yes" else 0)
+        assert example.meta["negatives"] == (
+            name.removeprefix("flickr8k-yesno-") if name.count("-") > 1 else "random"
+        )
+        asked[noun[2], example.answer] += 1
+    assert {noun for noun, _ in asked} == set(NOUNS)
+    assert all(asked[noun, "yes"] == asked[noun, "no"] > 0 for noun in NOUNS)
+
+
+def test_a_photo_that_may_show_it_is_not_asked_about(tmp_path: Path) -> None:
+    """A guitarist may hold a guitar unseen; one caption of several is no yes either."""
+    said = [["a guitar .", "a guitar ."], ["a band .", "a band ."], ["a guitar .", "a wall ."]]
+    said += [["the sea .", "the sea ."]]
+    made = task("flickr8k-yesno", data=miniature.photo_folder(tmp_path, said))
+    rows = [made.example(i) for i in range(len(made))]
+    about = {number_of(e.image): e.answer for e in rows if "guitar" in e.question}
+    assert about == {0: "yes", 3: "no"}
+
+
+def test_popular_asks_about_what_is_most_often_there(tmp_path: Path) -> None:
+    said = [[f"a {NOUNS[0]} .", f"the {NOUNS[0]} ."]] * 3
+    some = [t for t in things() if t.phrase.startswith("a ")][:30]
+    nouns = [t.phrase.removeprefix("a ") for t in some if " " not in t.phrase.removeprefix("a ")]
+    said += [[f"a {n} .", f"a {n} ."] for n in nouns] * 1
+    made = task("flickr8k-yesno-popular", data=miniature.photo_folder(tmp_path, said))
+    plain = task("flickr8k-yesno", data=tmp_path)
+    asked = {made.example(i).meta["thing"] for i in range(len(made))}
+    every = {plain.example(i).meta["thing"] for i in range(len(plain))}
+    assert "a dog" in asked and len(asked) <= 20 < len(every)
+
+
+def test_adversarial_photos_are_those_that_would_likely_show_it(tmp_path: Path) -> None:
+    """Frisbees come with flags here, never with snow: a "no" about one shows a flag."""
+    said = [["a frisbee and a flag .", "a flag , a frisbee ."]] * 6
+    said += [["a train and snow .", "snow , a train ."]] * 20 + [["a flag .", "a flag ."]] * 6
+    folder = miniature.photo_folder(tmp_path, said)
+
+    def likely(name: str) -> list[bool]:
+        made = task(name, data=folder)
+        rows = [made.example(i) for i in range(len(made))]
+        rows = [e for e in rows if "frisbee" in e.question and e.answer == "no"]
+        return [number_of(e.image) >= 26 for e in rows]
+
+    assert likely("flickr8k-yesno-adversarial") == [True] * 6
+    assert not all(likely("flickr8k-yesno"))
+
+
+def test_the_right_caption_is_the_photos_own(folder: Path) -> None:
+    made = task("flickr8k-choice", data=folder)
+    places = Counter()
+    assert len(made) == 48
+    for i in range(48):
+        example = made.example(i)
+        own = [sentence(c) for c in captions()[number_of(example.image)]]
+        assert len(example.choices) == 3 and example.answer in example.choices
+        assert example.answer in own
+        assert made.score(example, example.answer) == 1.0
+        places[example.choices.index(example.answer)] += 1
+    assert min(places[p] for p in range(3)) >= 5  # not always in the same place
+
+
+@pytest.mark.parametrize(
+    "name", ["flickr8k-yesno", "flickr8k-yesno-adversarial", "flickr8k-choice"]
+)
+def test_photo_tasks_repeat_for_a_seed(name: str, folder: Path) -> None:
+    def all_of(seed: int, limit: int | None = None) -> list[tuple[Any, ...]]:
+        made = task(name, data=folder, seed=seed, limit=limit)
+        return [print_of(made.example(i)) for i in range(len(made))]
+
+    assert all_of(3) == all_of(3) != all_of(4)
+    assert all_of(3, limit=8) == all_of(3)[:8]
+
+
+def test_captions_of_any_script_and_photos_in_folders(tmp_path: Path) -> None:
+    """A line separator inside a caption is no end of line; names may have a folder before them."""
+    miniature.photo_folder(tmp_path, [["a dog\u2028runs — schön ."], ["b"], ["c"]])
+    file = tmp_path / "validation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+    rows[0]["image"] = "some/folder/" + rows[0]["image"]
+    file.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    found = photos(tmp_path, "validation")
+    assert len(found) == 3 and found.captions(0) == ("a dog\u2028runs — schön .",)
+    assert number_of(found.image(0)) == 0
+    assert sentence(found.captions(0)[0]) == "A dog runs — schön."
+
+
+def bad_line(folder: Path) -> None:
+    with (folder / "validation.jsonl").open("a") as file:
+        file.write('{"image": "x.jpg", "captions": "one text"}\n')
+
+
+def no_json(folder: Path) -> None:
+    (folder / "validation.jsonl").write_text("image,captions\n")
+
+
+def name_unknown(folder: Path) -> None:
+    line = json.dumps({"image": "gone.jpg", "captions": captions()[0]})
+    (folder / "validation.jsonl").write_text("\n".join([line] * 3))
+
+
+def no_tar(folder: Path) -> None:
+    (folder / "validation.tar").write_bytes(b"x" * 2000)
+
+
+def packed_tar(folder: Path) -> None:
+    plain = (folder / "validation.tar").read_bytes()
+    with tarfile.open(folder / "validation.tar", "w:gz") as archive:
+        (folder / "inside").write_bytes(plain)
+        archive.add(folder / "inside")
+
+
+def no_pictures(folder: Path) -> None:
+    file = folder / "validation.tar"
+    file.write_bytes(file.read_bytes().replace(b"\xff\xd8\xff", b"\0\0\0"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (bad_line, r"validation\.jsonl, line 49 is not of the form"),
+        (no_json, r"line 1 is not of the form"),
+        (name_unknown, r"holds no gone\.jpg"),
+        (no_tar, r"validation\.tar is damaged"),
+        (packed_tar, r"uncompressed"),
+        (no_pictures, r"not a picture or is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_said_in_one_line(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        task("flickr8k-choice", data=folder).example(0)
+
+
+def test_no_folder_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--data DIR --split S"):
+        task("flickr8k-yesno", data=tmp_path / "absent")
+
+
+def test_a_split_that_is_not_there_says_which_are(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no test\.tar.*splits there: validation"):
+        task("flickr8k-yesno", data=folder, split="test")
+
+
+@needs_photos
+def test_the_test_split_of_flickr8k_cannot_be_had() -> None:
+    with pytest.raises(FileNotFoundError, match="splits there: train, validation"):
+        task("flickr8k-yesno", data=SHARED, split="test")
+
+
+@needs_photos
+def test_flickr8k_splits_share_no_photo_and_no_question_is_lopsided() -> None:
+    train, validation = (photos(SHARED, s) for s in ("train", "validation"))
+    first, second = ({name for name, _ in p.rows} for p in (train, validation))
+    assert (len(first), len(second)) == (5997, 1000) and not first & second
+    made = task("flickr8k-yesno", data=SHARED)
+    rows = made.rows
+    balance = Counter((t, answer) for _, t, answer in rows)
+    assert all(balance[t, "yes"] == balance[t, "no"] for t in range(len(things())))
+    for photo, t, answer in rows[:400]:
+        naming = sum(bool(words(c) & things()[t].names) for c in validation.captions(photo))
+        assert naming >= 2 if answer == "yes" else naming == 0
+    assert made.example(0).image.size == (224, 224)
+
+
+# --- easy-VQA ----------------------------------------------------------------------------------
+
+SHADES = {
+    "red": (1, 0, 0),
+    "green": (0, 1, 0),
+    "blue": (0, 0, 1),
+    "black": (0, 0, 0),
+    "yellow": (1, 1, 0),
+    "teal": (0, 1, 1),
+    "brown": (1, 0.5, 0),
+    "gray": (0.5, 0.5, 0.5),
+}
+
+
+def test_easyvqa_repeats_and_its_colours_are_in_the_pictures() -> None:
+    made = task("easyvqa", limit=300)
+    again = task("easyvqa", limit=300)
+    assert [print_of(made.example(i)) for i in range(5)] == [
+        print_of(again.example(i)) for i in range(5)
+    ]
+    rows = [made.example(i) for i in range(300)]
+    named = [e for e in rows if e.question.startswith("What color")]
+    assert len(named) > 10 and {e.answer for e in named} <= set(SHADES)
+    vivid = [e for e in named if e.answer in ("red", "green", "blue")]
+    for example in vivid:
+        pixels = np.asarray(example.image, float).reshape(-1, 3)
+        inside = pixels[np.ptp(pixels, axis=1) > 60]  # the background is near white
+        strongest = ("red", "green", "blue")[int(inside.mean(0).argmax())]
+        assert strongest == example.answer
+
+
+def test_easyvqa_splits_share_no_picture() -> None:
+    def prints(split: str) -> set[str]:
+        made = task("easyvqa", split=split, limit=300)
+        return {print_of(made.example(i))[0] for i in range(300)}
+
+    assert not prints("train") & prints("validation")
+    assert prints("validation") == prints("test")
+    assert len(task("easyvqa", split="train")) == 38575 and len(task("easyvqa")) == 9673
+
+
+def test_easyvqa_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(easyvqa.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install easy-vqa"):
+        len(task("easyvqa"))
+
+
+# --- drawn scenes ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> list[list[scenes.Item]]:
+    """Scenes on a colour that no shape has; the items of each scene drawn since."""
+    placed: list[list[scenes.Item]] = []
+    place = scenes._place
+
+    def noted(rng: random.Random, wanted: list[tuple[str, str]]) -> list[scenes.Item]:
+        placed.append(place(rng, wanted))
+        return placed[-1]
+
+    ground = Image.new("RGB", (scenes.SIZE, scenes.SIZE), GROUND)
+    monkeypatch.setattr(scenes, "_place", noted)
+    monkeypatch.setattr(scenes, "background", lambda rng, photos: ground.copy())
+    monkeypatch.setattr(scenes, "sample_photos", tuple)
+    return placed
+
+
+GROUND = (140, 160, 190)
+
+
+def test_what_is_drawn_is_what_is_asked_about(plain: list[list[scenes.Item]]) -> None:
+    """Every item is a region of its own, of its colour, around its place; nothing else is."""
+    from scipy import ndimage
+
+    for name in ("scenes-where", "scenes-count"):
+        made = task(name)
+        for i in range(12):
+            pixels = np.asarray(made.example(i).image, int)
+            items = plain[-1]
+            regions, count = ndimage.label(np.abs(pixels - GROUND).sum(-1) > 0, np.ones((3, 3)))
+            assert count == len(items)
+            assert len({regions[int(k.y), int(k.x)] for k in items} - {0}) == len(items)
+            for item in items:
+                off = np.abs(pixels[int(item.y), int(item.x)] - scenes.COLOURS[item.colour])
+                assert off.max() <= 14
+                region = regions == regions[int(item.y), int(item.x)]
+                rows, columns = np.nonzero(region)
+                assert np.hypot(rows.mean() - item.y, columns.mean() - item.x) < 0.35 * item.half
+
+
+def test_shapes_fill_as_much_as_such_shapes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageDraw
+
+    def area(shape: str) -> float:
+        canvas = Image.new("RGB", (200, 200), GROUND)
+        item = scenes.Item("red", shape, 100, 100, 60)
+        scenes._paint(ImageDraw.Draw(canvas), item, random.Random(1))
+        return float((np.abs(np.asarray(canvas, int) - GROUND).sum(-1) > 0).sum()) / 60**2
+
+    # of half size 1: pi; 1.7²; ½ · 1.9 · 1.8; 5 · 1.1 · 0.45 · sin 36°; 4 · 0.68 − 0.68²
+    known = {"circle": 3.14, "square": 2.89, "triangle": 1.71, "star": 1.45, "cross": 2.26}
+    for shape in scenes.SHAPES:
+        assert area(shape) == pytest.approx(known[shape], rel=0.06), shape
+
+
+def test_where_and_count_agree_with_what_was_drawn(plain: list[list[scenes.Item]]) -> None:
+    answers: dict[str, Counter[str]] = {}
+    for name in ("scenes-where", "scenes-count"):
+        made = task(name)
+        for i in range(300):
+            example = made.example(i)
+            expected = right(example.question, plain[-1])
+            assert example.answer == expected, example.question
+            answers.setdefault(example.meta["kind"], Counter())[expected] += 1
+    sides = answers["left"] + answers["above"]
+    assert 0.4 < sides["yes"] / sides.total() < 0.6
+    assert set(answers["quadrant"]) == set(scenes.PLACES)
+    counts = answers["count-both"] + answers["count-shape"] + answers["count-colour"]
+    assert set(counts) >= set("012345") and max(counts.values()) < 0.3 * counts.total()
+
+
+def test_training_questions_agree_with_what_was_drawn(plain: list[list[scenes.Item]]) -> None:
+    asked = 0
+    for seed in range(60):
+        scene = scenes.draw("where", random.Random(seed), (), many=True)
+        for question in scene.questions:
+            expected = right(question.text, plain[-1])
+            assert question.answer == expected, question.text
+            asked += 1
+    assert asked > 300
+
+
+def right(question: str, items: list[scenes.Item]) -> str:
+    """The answer, worked out again from the sentence."""
+    found = re.search(r"(?:How many|Count the) (.+?)(?: are| ?[.?]|$)", question)
+    if found:
+        said = {w.removesuffix("es" if w == "crosses" else "s") for w in found[1].split()}
+        return str(sum(said - {"shape"} <= {i.colour, i.shape} for i in items))
+    named = re.findall(rf"(?:{'|'.join(scenes.COLOURS)}) (?:{'|'.join(scenes.SHAPES)})", question)
+    place = {n: next(i for i in items if i.name == n) for n in named}
+    assert all(sum(i.name == n for i in items) == 1 for n in named), "asked about is not one item"
+    if len(named) == 1:
+        (one,) = place.values()
+        high = "top" if one.y < scenes.SIZE / 2 else "bottom"
+        return f"{high} {'left' if one.x < scenes.SIZE / 2 else 'right'}"
+    a, b = (place[n] for n in named)
+    return "yes" if (a.x < b.x if "left of" in question else a.y < b.y) else "no"
+
+
+def test_the_word_asked_for_is_the_one_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, tuple[int, int, int, int]]] = []
+    write = scenes._write
+
+    def noted(ground: Any, word: str, box: Any, *more: Any) -> None:
+        before = np.asarray(ground, int)
+        write(ground, word, box, *more)
+        rows, columns = np.nonzero(np.abs(np.asarray(ground, int) - before).sum(-1) > 60)
+        assert len(rows) > 40, "nothing readable was written"
+        assert columns.min() >= box[0] and columns.max() < box[2]
+        assert rows.min() >= box[1] and rows.max() < box[3]
+        written.append((word, box))
+
+    monkeypatch.setattr(scenes, "_write", noted)
+    made = task("scenes-words")
+    for i in range(12):
+        assert made.example(i).answer == written[-1][0]
+    for seed in range(12):
+        written.clear()
+        scene = scenes.draw("words", random.Random(seed), (), many=True)
+        for question in scene.questions:
+            at = [w for w, box in written if place_of(box) in question.text]
+            if question.kind == "word-at":
+                assert at == [question.answer]
+            elif question.kind == "quadrant":
+                assert [place_of(b) for w, b in written if f'"{w}"' in question.text] == [
+                    question.answer
+                ]
+
+
+def place_of(box: tuple[int, int, int, int]) -> str:
+    return f"{'bottom' if box[1] else 'top'} {'right' if box[0] else 'left'}"
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_scenes_repeat_and_splits_and_seeds_differ(name: str) -> None:
+    def prints(**more: Any) -> list[tuple[Any, ...]]:
+        made = task(name, **more)
+        return [print_of(made.example(i)) for i in range(12)]
+
+    first = prints()
+    assert first == prints()
+    others = [prints(split="train"), prints(split="test"), prints(seed=1)]
+    assert len({p for some in (first, *others) for p in some}) == 48
+    assert len(task(name)) == 1000 and len(task(name, limit=7)) == 7
+
+
+# --- names and answers -------------------------------------------------------------------------
+
+
+def test_an_unknown_task_or_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'easyvqa'"):
+        task("easy-vqa")
+    for name in ("easyvqa", *DRAWN):
+        with pytest.raises(ValueError, match="train, validation, test"):
+            task(name, split="val")
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Yes.", 1.0),
+        (" yes\nNo", 1.0),
+        ("YES!", 1.0),
+        ("yes, it is", 0.0),
+        ("no", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_an_answer_is_right_when_it_says_this_and_no_more(answer: str, score: float) -> None:
+    assert matches("yes", answer) == score
