@@ -18,7 +18,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -182,7 +182,7 @@ class _Bench:
         if self.settings.identity:
             cases.append(_Case(IDENTITY, Recipe(foveate.Schedule.flat(1.0))))
         cases += [_Case(label, made) for label, made in recipes.items()]
-        self._total = len(cases) * (self.settings.warmup + self.settings.repeats)
+        self._total = 1 + len(cases) * (self.settings.warmup + self.settings.repeats)
         vision_flops = self._warm(cases)
         for turn in range(self.settings.repeats):
             shift = turn % len(cases)
@@ -283,7 +283,8 @@ class _Bench:
         adapter = family(self.model)
         base, text = adapter.base(self.model), adapter.text(self.model)
         inside = {id(module): path for path, module in self.model.named_modules()}
-        counter = FlopCounterMode(display=False)
+        on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch leaves it out
+        counter = FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
         with counter:
             self.model(**self.inputs, use_cache=True, logits_to_keep=1)
         counts = counter.get_flop_counts()
@@ -420,6 +421,12 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _attention_flops(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Scores and values of one attention call, from the shapes (B, H, L, d) of q and k."""
+    batch, heads, rows, width = q
+    return 4 * batch * heads * rows * k[2] * width
 
 
 def _quartiles(values: list[float]) -> list[float]:
