@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from foveate.tasks import Example, Task, task
+from foveate.tasks import Example, Task, names, task
 
 MAX_NEW_TOKENS = 12
 BLANK = (124, 116, 104)
@@ -293,6 +293,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _named(given: str, data: Path | None, split: str, limit: int) -> list[Task]:
     found = [name.strip() for name in given.split(",") if name.strip()]
+    if not found:
+        raise ValueError(f"--task {given!r} names no task; there are {', '.join(names())}.")
     return [task(name, data=data, split=split, limit=limit) for name in found]
 
 
