@@ -14,7 +14,7 @@ demo: .venv/demo
 	$(BIN)/foveate demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 heavy: .venv/dev
 	$(BIN)/python -m pytest -m heavy

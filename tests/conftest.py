@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 import foveate
 
@@ -31,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # tiny tensors; `make test` runs two processes
     if config.getoption("--write-matrix"):
         config.pluginmanager.register(Matrix(), "foveate-matrix")
 
