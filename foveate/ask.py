@@ -34,7 +34,13 @@ def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> di
     content = [{"type": "image"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    made = processor(images=[image], text=[text], return_tensors="pt")
+    try:
+        made = processor(images=[image], text=[text], return_tensors="pt")
+    except ValueError as error:
+        raise ValueError(
+            f"The processor makes no prompt of this picture and question: {error} Check that model "
+            "and processor belong together."
+        ) from None
     made = made.to(model.device, model.dtype)
     if not bool(vision_rows(model, made["input_ids"]).any()):
         raise ValueError(

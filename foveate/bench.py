@@ -89,17 +89,20 @@ class Stopwatch:
         return next(self.model.parameters()).device
 
     def forwards(self) -> list[Forward]:
-        """The forwards so far, in order."""
+        """The forwards so far, in order.
+
+        ``generate`` encodes before the forward begins, which then counts from there.
+        """
         done, start, seen, vision = [], None, None, 0.0
         for label, tick in self._ticks:
-            if label == "start":
-                start, vision = tick, 0.0
-            elif label == "vision":
+            start = tick if start is None else start
+            if label == "vision":
                 seen = tick
             elif label == "seen":
                 vision += elapsed(seen, tick)
-            else:
+            elif label == "stop":
                 done.append(Forward(elapsed(start, tick), vision))
+                start, vision = None, 0.0
         return done
 
     def decode_ms(self) -> float | None:

@@ -15,6 +15,7 @@ from foveate.reducer import Reducer, discover
 
 BEGIN = "<!-- methods: written by `foveate methods --markdown --write README.md` -->"
 END = "<!-- /methods -->"
+MARKERS = f"{BEGIN}\n{END}"
 _WHERE = {
     "pixels": "on the input image",
     "features": "before the projector",
@@ -69,7 +70,7 @@ def written(text: str) -> str:
     """
     begin, end = text.find(BEGIN), text.find(END)
     if begin < 0 or end < begin:
-        raise ValueError(f"The markers are missing; put these two lines in:\n{BEGIN}\n{END}")
+        raise ValueError(f"The markers are missing; put these two lines in:\n{MARKERS}")
     return text[:begin] + markdown() + text[end + len(END) :]
 
 

@@ -14,10 +14,12 @@ from foveate.bench import about
 from foveate.loading import missing
 from foveate.recipe import Recipe
 from foveate.trace import Panel, draw, panel
+from foveate.trace import ready as drawable
 
 if TYPE_CHECKING:
     from PIL import Image
 
+KEEP = 0.25
 RECIPES = ("aim", "prumerge+", "fastv", "gsearch-llava-1.5-7b")
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "chelsea": ("Is there a cat in the image?", "Describe the image."),
@@ -63,6 +65,13 @@ def run(
                 ]
         pictures.append((image, [Panel(f"{title}\n{len(vision)} vision tokens", None), *panels]))
     return Shown({**about(model, name), "rows": rows, "scores": scores()}, pictures)
+
+
+def ready(path: str | Path) -> None:
+    """See that the photos are there and that the figure can be drawn, before a model is loaded."""
+    drawable(path)
+    for title in QUESTIONS:
+        photo(title)
 
 
 def recipes(keep: float) -> dict[str, Recipe]:

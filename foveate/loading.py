@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from foveate import shapes
+from foveate.adapter import families
 from foveate.reducer import unknown
 
 if TYPE_CHECKING:
@@ -130,13 +131,16 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _pretrained(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     local = Path(name).is_dir()
     if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         bundled = dict.fromkeys((PINHOLE, *(shapes.PREFIX + n for n in shapes.names())))
         raise ValueError(f"{unknown('model', name, bundled)}\n--model takes {_NAMES}.")
     try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in families():  # before any weights are fetched
+            raise ValueError(f"its type is {kind!r} and foveate knows {', '.join(families())}.")
         processor = AutoProcessor.from_pretrained(name)
         made = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:

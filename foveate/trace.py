@@ -66,6 +66,26 @@ def panel(report: Report, vision: Tensor, layer: int, title: str = "") -> Panel:
     return Panel(f"{title}\n{caption}" if title else caption, light.view(side, side))
 
 
+def ready(path: str | Path) -> None:
+    """See that matplotlib is there and knows the suffix of ``path``, before anything is run.
+
+    Raises:
+        ImportError: when it is missing, with the line to type.
+        ValueError: for a suffix that says no format of pictures.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise missing("matplotlib", "demo") from error
+    known = FigureCanvasAgg.get_supported_filetypes()
+    suffix = Path(path).suffix.removeprefix(".").lower()
+    if suffix and suffix not in known:
+        raise ValueError(
+            f"{path} ends in .{suffix}, which is no format that can be written; end it in "
+            f"{', '.join(f'.{name}' for name in known)}."
+        )
+
+
 def draw(rows: Sequence[tuple[Image.Image, Sequence[Panel]]], path: str | Path) -> None:
     """Write a figure: one picture per row, its panels side by side. The suffix says the format."""
     try:

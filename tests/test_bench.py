@@ -140,6 +140,19 @@ def test_vision_is_timed_apart_from_reducing(timed: Any, clock: Clock) -> None:
     assert len(watch.forwards()) == 2
 
 
+@torch.no_grad()
+def test_generate_is_timed_like_forward(timed: Any, clock: Clock) -> None:
+    """It encodes the picture before it calls ``forward``."""
+    watch, given = Stopwatch(timed), inputs(timed, Prompt())
+    with watch.around(RECIPES["random"]):
+        timed.generate(**given, max_new_tokens=3, do_sample=False)
+    first, *rest = watch.forwards()
+    assert first.vision_ms == pytest.approx(VISION)
+    assert first.prefill_ms == pytest.approx(CHOOSING + 6 * (18 + 40))
+    assert [(step.vision_ms, step.prefill_ms) for step in rest] == [(0.0, pytest.approx(6))] * 2
+    assert watch.decode_ms() == pytest.approx(6)
+
+
 def test_decoding_is_from_end_to_end(timed: Any, clock: Clock) -> None:
     watch = Stopwatch(timed)
     with watch.around(None) as report, torch.no_grad():

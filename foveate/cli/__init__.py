@@ -10,9 +10,10 @@ def main() -> None:
     try:
         from foveate.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich", "click"):
+        package = (error.name or "").split(".")[0]
+        if package not in ("typer", "rich", "click"):
             raise
-        line = f"foveate: the command line needs {error.name}: pip install 'foveate[cli]'"
+        line = f"foveate: the command line needs {package}: pip install 'foveate[cli]'"
         print(line, file=sys.stderr)
         raise SystemExit(2) from None
     app()

@@ -18,6 +18,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from typer.core import TyperGroup
 
+import foveate
 from foveate import catalogue, loading
 from foveate.cli import tables
 from foveate.recipe import Recipe, parse
@@ -80,6 +81,25 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before the work whose result it is to hold."""
+    if path is None:
+        return None
+    folder = path.parent
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file to write, such as {path / 'result'}.")
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"{path} cannot be written because the folder {folder} {what}; "
+            f"make it (mkdir -p {folder}) or name another file."
+        )
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"{path} cannot be written: no permission; name another file.")
+    return path
+
+
 Model = Annotated[
     str, typer.Option("--model", help="Hub id, local folder, pinhole, or shape:<name>.")
 ]
@@ -94,11 +114,16 @@ Keep = Annotated[
     float | None,
     typer.Option("--keep", help="Fraction of vision tokens kept by every preset, in (0, 1]."),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_writable, help="Also write the result as JSON."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, … or auto.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="The picture to write.")]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", callback=_writable, help="The picture to write.")
+]
 Image = Annotated[Path, typer.Argument(help="A picture: JPEG, PNG, WebP, …")]
 NewTokens = Annotated[int, typer.Option("--new-tokens", min=2, help="Longest answer.")]
 
@@ -125,7 +150,7 @@ def _main(
 def demo(
     model: Model = loading.PINHOLE,
     recipe: Recipes = None,
-    keep: Keep = 0.25,
+    keep: Keep = None,
     new_tokens: NewTokens = 24,
     output: Output = Path("foveate-demo.png"),
     dtype: Dtype = "auto",
@@ -133,11 +158,16 @@ def demo(
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
-    """Ask questions about photos, dense and reduced: one table, one picture."""
+    """Ask questions about photos, dense and reduced: one table, one picture.
+
+    Without --recipe, four recipes that keep 0.25 of the vision tokens, or what --keep says.
+    """
     from foveate import demo as leaf
 
-    made = _recipes(recipe, keep) if recipe else leaf.recipes(keep or 0.25)
-    loaded, processor = _load(model, dtype, device, threads)
+    made = _recipes(recipe, keep) if recipe else leaf.recipes(leaf.KEEP if keep is None else keep)
+    _no_shape(model, "demo")
+    leaf.ready(output)
+    loaded, processor = _load(model, dtype, device, threads, made)
     with _waiting("asking") as say:
         shown = leaf.run(
             loaded, processor, made, name=model, max_new_tokens=new_tokens, progress=say
@@ -174,7 +204,7 @@ def ask(
 
     opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
     _no_shape(model, "ask")
-    loaded, processor = _load(model, dtype, device, threads)
+    loaded, processor = _load(model, dtype, device, threads, made)
     given = prepare(loaded, processor, opened, question)
     with _waiting("answering"):
         found = answers(loaded, processor, given, made, max_new_tokens=new_tokens)
@@ -204,12 +234,13 @@ def trace(
 ) -> None:
     """Draw which patches survive, layer by layer."""
     from foveate.ask import answers, prepare, vision_rows
-    from foveate.trace import draw, layers_worth_drawing, panel
+    from foveate.trace import draw, layers_worth_drawing, panel, ready
 
     opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
     _no_shape(model, "trace")
     wanted = _numbers(layers)
-    loaded, processor = _load(model, dtype, device, None)
+    ready(output)
+    loaded, processor = _load(model, dtype, device, None, made)
     given = prepare(loaded, processor, opened, question)
     vision = vision_rows(loaded, given["input_ids"])[0].nonzero()[:, 0]
     pictures, alive = [], {}
@@ -253,7 +284,8 @@ def bench(
     threads: Threads = None,
     json_file: Json = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", help="Append the rows to a CSV file.")
+        Path | None,
+        typer.Option("--csv", callback=_writable, help="Append the rows to a CSV file."),
     ] = None,
 ) -> None:
     """Time the untouched model and recipes by stage, side by side in one run."""
@@ -263,7 +295,7 @@ def bench(
     made = _recipes(recipe or ["aim", "fastv", "prumerge"], keep)
     prompt = Prompt(batch, images, frames, text_tokens, _size(image_size))
     settings = leaf.Settings(new_tokens, repeats, warmup, identity, attainable)
-    loaded, _ = _load(model, dtype, device, threads)
+    loaded, _ = _load(model, dtype, device, threads, made)
     with _progress() as bar:
         task = bar.add_task("warming up", total=None)
 
@@ -287,7 +319,7 @@ def methods(
     """The catalogue of methods and presets."""
     rows, presets = catalogue.methods(), catalogue.presets()
     if write is not None:
-        write.write_text(catalogue.written(write.read_text()))
+        _rewrite(write)
         typer.echo(f"{write} is up to date.")
     elif markdown:
         typer.echo(catalogue.markdown())
@@ -321,11 +353,28 @@ def _no_shape(model: str, command: str) -> None:
         )
 
 
-def _load(model: str, dtype: str, device: str, threads: int | None) -> tuple[Any, Any]:
+def _load(
+    model: str, dtype: str, device: str, threads: int | None, recipes: Mapping[str, Recipe]
+) -> tuple[Any, Any]:
+    """Model and processor; recipes that do not fit it are refused before anything long runs."""
     if threads is not None:
         torch.set_num_threads(threads)
     with _waiting(f"loading {model}"):
-        return loading.model(model, dtype=dtype, device=device)
+        loaded, processor = loading.model(model, dtype=dtype, device=device)
+    for text, recipe in recipes.items():
+        try:
+            foveate.attach(loaded, recipe)
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
+        foveate.detach(loaded)
+    return loaded, processor
+
+
+def _rewrite(file: Path) -> None:
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"{file} {what}; give a file with these two lines:\n{catalogue.MARKERS}")
+    file.write_text(catalogue.written(file.read_text()))
 
 
 def _size(text: str) -> tuple[int, int] | None:
@@ -371,9 +420,13 @@ def _append(path: Path | None, result: Mapping[str, Any]) -> None:
         common | {k: v for k, v in row.items() if not isinstance(v, dict | list)}
         for row in result["rows"]
     ]
-    fresh = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if fresh:
+    names = list(rows[0])
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        known = next(csv.reader(file), names)
+        if set(known) != set(names):
+            raise ValueError(f"{path} has other columns than this version writes; name a new file.")
+        writer = csv.DictWriter(file, fieldnames=known)
+        if file.seek(0, os.SEEK_END) == 0:
             writer.writeheader()
         writer.writerows(rows)
