@@ -400,9 +400,7 @@ def test_a_killed_process_gives_way_to_one_that_waits(
     assert files(found[0])["model"] == b"model whole"
     sign.unlink()
     left = {p.name for p in assembly.cache().iterdir()}
-    assert left == {found[0].name, f".{found[0].name}.lock"}, (
-        "the killed one's folder stays"
-    )
+    assert left == {found[0].name, f".{found[0].name}.lock"}, "the killed one's folder stays"
 
 
 def test_many_at_once_build_one_folder(

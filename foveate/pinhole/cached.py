@@ -101,6 +101,11 @@ class Vocabulary:
         found = [set(re.findall(r"[a-z]{3,}", text.lower())) for text in texts]
         counts = Counter(word for words in found for word in words)
         self.words = sorted(w for w, n in counts.items() if least <= n <= len(texts) // 3)
+        if not self.words:
+            raise ValueError(
+                f"No word is in the captions of {least} and at most a third of {len(texts)} "
+                "images, so there is nothing to align with; use more photos (--limit)."
+            )
         self.embeddings = torch.stack(
             [table[list(writer.ids(" " + w))].float().mean(0) for w in self.words]
         )

@@ -1,0 +1,278 @@
+"""Training on cached features: it goes on exactly where it stopped, and it does learn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import miniature
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveate.pinhole import cached, mix
+from foveate.pinhole.assembly import IMAGE_TOKENS
+from foveate.pinhole.cached import CachedRun, Features, Vocabulary, align, cells
+from foveate.pinhole.packed import Student
+from foveate.tasks.photos import photos
+
+SAID = [
+    ["a dog runs over grass .", "the dog is on grass ."],
+    ["snow on a hill .", "a hill with snow ."],
+    ["a guitar by a wall .", "the guitar and the wall ."],
+    ["a horse near a fence .", "one horse , one fence ."],
+] * 3
+ASKED = ["what color is the box?", "what shape is there?"]
+
+
+@pytest.fixture(scope="module")
+def student_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Student]:
+    """Makes the same small student each time; it fits ``tokenizer``."""
+    model = miniature.llava(vocabulary=192, image_token=191, image_size=224)
+    return lambda: miniature.student(model, merged=False)
+
+
+# --- features ----------------------------------------------------------------------------------
+
+
+class Pictures(list[Image.Image]):
+    """Pictures that note when they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(Image.new("RGB", (30, 20), (9 * i, 200 - 9 * i, 60)) for i in range(count))
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
+def test_features_go_on_where_they_stopped(
+    student_of: Callable[[], Student], tmp_path: Path
+) -> None:
+    student, whole, half = student_of(), Pictures(7), Pictures(7)
+    at_once = Features(tmp_path / "a.features", 7, 128)
+    assert list(at_once.fill(whole, student, batch=3)) == [3, 6, 7]
+    stopped = Features(tmp_path / "b.features", 7, 128).fill(half, student, batch=3)
+    assert next(stopped) == 3
+    stopped.close()
+    again = Features(tmp_path / "b.features", 7, 128)
+    assert again.done == 3
+    assert list(again.fill(half, student, batch=3)) == [6, 7]
+    assert half.asked == list(range(7)), "something was encoded twice or never"
+    assert np.array_equal(at_once.values, again.values)
+    assert list(again.fill(half, student)) == []
+
+
+def test_features_are_the_encoders(student_of: Callable[[], Student], tmp_path: Path) -> None:
+    student, pictures = student_of(), Pictures(3)
+    made = Features(tmp_path / "a.features", 3, 128)
+    list(made.fill(pictures, student, batch=2))
+    pixels = cached.normalise(cached.stacked(pictures[i] for i in (2, 0)))
+    with torch.no_grad():
+        expected = student.features(pixels)
+    assert expected.shape == (2, IMAGE_TOKENS, 128)
+    torch.testing.assert_close(made.take([2, 0]), expected, rtol=2e-3, atol=2e-3)
+    assert (expected[0] - expected[1]).abs().max() > 0.05
+
+
+def test_features_of_another_count_are_refused(tmp_path: Path) -> None:
+    Features(tmp_path / "a.features", 4, 8)
+    with pytest.raises(ValueError, match="another number of images than 5"):
+        Features(tmp_path / "a.features", 5, 8)
+
+
+# --- cells -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_one_patch_of_every_cell(stride: int) -> None:
+    chosen = cells(5, stride, torch.Generator().manual_seed(0))
+    side, per = cached.SIDE, cached.SIDE // stride
+    assert chosen.shape == (5, per * per)
+    assert (chosen.diff(dim=1) > 0).all() or stride == 1
+    for row in chosen.tolist():
+        assert row == sorted(row)
+        at = {(place // side // stride, place % side // stride) for place in row}
+        assert at == {(y, x) for y in range(per) for x in range(per)}
+    if stride > 1:
+        many = cells(300, stride, torch.Generator().manual_seed(1))
+        assert set(many.flatten().tolist()) == set(range(side * side)), "some patch is never shown"
+
+
+# --- align -------------------------------------------------------------------------------------
+
+
+def test_align_learns_which_picture_has_which_word(
+    student_of: Callable[[], Student], tmp_path: Path
+) -> None:
+    """Word w's patch is direction w in a noisy picture: projected, it must lie near w."""
+    student, draw = student_of(), torch.Generator().manual_seed(0)
+    kinds = 6
+    directions = torch.randn(kinds, 128, generator=draw)
+    made = Features(tmp_path / "a.features", 60, 128)
+    shown = [(i % kinds, (i // kinds) % kinds) for i in range(60)]
+    for i, pair in enumerate(shown):
+        values = torch.randn(IMAGE_TOKENS, 128, generator=draw) * 0.3
+        for half, word in enumerate(pair):
+            values[half * 128 : half * 128 + 128] += directions[word]
+        made.values[i] = values.numpy()
+    texts = [" ".join("abcdef"[w] * 3 for w in pair) for pair in shown]
+    writer = SimpleNamespace(ids=lambda word: (" abcdef".index(word.strip()[0]),))
+    table = torch.randn(7, 192, generator=draw)
+    words = Vocabulary(texts, writer, table)  # type: ignore[arg-type]
+    assert words.words == ["aaa", "bbb", "ccc", "ddd", "eee", "fff"]
+    assert [set(row.nonzero().flatten().tolist()) for row in words.labels] == [
+        set(p) for p in shown
+    ]
+    losses = [loss for _, loss in align(student, made, words, steps=24)]
+    assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
+    with torch.no_grad():
+        patches = student.project(directions)
+    centred = table[1:] - table[1:].mean(0)
+    near = torch.cosine_similarity((patches - table[1:].mean(0))[:, None], centred[None], dim=-1)
+    assert near.argmax(1).tolist() == list(range(kinds))
+
+
+# --- tune --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only when a step is made: 400 s each, so each step leaves a checkpoint."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Easy:
+    """Two questions about each of three pictures, in place of easy-VQA."""
+
+    def __init__(self) -> None:
+        self.numbers = [0, 1, 2]
+        answers = ["red", "circle"]
+        pairs = [mix.Segment(q, a) for q, a in zip(ASKED, answers, strict=True)]
+        self.by_image = {n: list(pairs) for n in self.numbers}
+        self.task = SimpleNamespace(image=lambda n: Image.new("RGB", (64, 64), (80 * n, 20, 90)))
+
+
+@pytest.fixture
+def start(
+    student_of: Callable[[], Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], CachedRun]:
+    """A run in the folder of that name: 12 photos and 3 pictures, already encoded."""
+    data = miniature.photo_folder(tmp_path / "data", SAID, "train")
+    spoken = [c for five in SAID for c in five] + [*ASKED, "red circle yes no user assistant"]
+    spoken += [mix.question(t) for t in mix.things()[:60]] + [mix.CAPTION_QUESTION]
+    clock = Clock()
+    update = CachedRun._update
+
+    def timed(self: CachedRun, *given: Any) -> float:
+        clock.now += 400
+        return update(self, *given)
+
+    features = Features
+    monkeypatch.setattr(cached, "Features", lambda file, n: features(file, n, 128))
+    monkeypatch.setattr(cached, "EasyRows", Easy)
+    monkeypatch.setattr(cached, "time", clock)
+    monkeypatch.setattr(cached, "TEXT", 40)
+    monkeypatch.setattr(CachedRun, "_update", timed)
+
+    def begin(name: str) -> CachedRun:
+        out = tmp_path / name
+        miniature.tokenizer_file(out / "processor" / "tokenizer.json", spoken)
+        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3))
+        list(run.encode())
+        return run
+
+    return begin
+
+
+def weights_of(run: CachedRun) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in run.student.named_parameters() if v.requires_grad}
+
+
+def stop_after(steps: int, lines: Iterator[str]) -> None:
+    for _ in range(steps):
+        next(lines)
+    lines.close()  # type: ignore[attr-defined]
+
+
+MINUTES = 5 * 400 / 60 - 1  # five steps
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    start: Callable[[str], CachedRun],
+) -> None:
+    whole = start("whole")
+    began = weights_of(whole)
+    list(whole.tune(MINUTES, 1e9, batch=2))
+    assert whole.step == 5
+    first = start("stopped")
+    stop_after(2, first.tune(MINUTES, 1e9, batch=2))
+    second = start("stopped")
+    stop_after(1, second.tune(MINUTES, 1e9, batch=2))
+    assert (second.step, second.seconds) == (3, 1200)
+    third = start("stopped")
+    list(third.tune(MINUTES, 1e9, batch=2))
+    assert third.step == 5
+    ended, resumed = weights_of(whole), weights_of(third)
+    for name, value in ended.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
+    moved = max(float((ended[k] - began[k]).abs().max()) for k in ended)
+    assert moved > 1e-4, "nothing was trained"
+
+
+def test_a_checkpoint_gives_back_step_clock_and_weights(
+    start: Callable[[str], CachedRun],
+) -> None:
+    run = start("one")
+    stop_after(3, run.tune(MINUTES, 1e9, batch=2))
+    trained = weights_of(run)
+    again = start("one")
+    assert any(not torch.equal(v, trained[k]) for k, v in weights_of(again).items())
+    again._resume(torch.optim.AdamW([{"params": list(p)} for p in groups(again)]))
+    assert (again.step, again.seconds) == (3, 1200)
+    assert all(torch.equal(v, trained[k]) for k, v in weights_of(again).items())
+
+
+def groups(run: CachedRun) -> tuple[Any, Any]:
+    return run.student.projector.parameters(), run.student.language.parameters()
+
+
+def test_tuning_lowers_the_loss(start: Callable[[str], CachedRun]) -> None:
+    run = start("learns")
+    lines = list(run.tune(12 * 400 / 60 - 1, 1e9, batch=2))
+    losses = [float(line.split()[3]) for line in lines]
+    assert len(losses) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.03
+
+
+def test_alignment_is_done_once(
+    start: Callable[[str], CachedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cached, "Vocabulary", functools.partial(Vocabulary, least=2))
+    run = start("aligned")
+    assert len(list(run.align(4))) == 4
+    again = start("aligned")
+    assert list(again.align(4)) == []
+    for name, value in run.student.projector.items():
+        assert torch.equal(again.student.projector[name], value)
+
+
+def test_too_few_photos_to_align_with(start: Callable[[str], CachedRun]) -> None:
+    with pytest.raises(ValueError, match="use more photos"):
+        next(start("few").align(4))
+
+
+def test_the_encoder_stays_as_it_is(start: Callable[[str], CachedRun]) -> None:
+    run = start("frozen")
+    before = weights_of(run)
+    stop_after(2, run.tune(MINUTES, 1e9, batch=2))
+    after = weights_of(run)
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("vision"))
