@@ -1,342 +1,335 @@
-"""Accuracy of a model on a task, with a 95 % confidence interval.
+"""Accuracy and its cost: the untouched model and any number of recipes, on the same examples.
 
-    python -m foveate.evaluate --model pinhole --task easyvqa,scenes-count --limit 500 --blank
-
-Any Hugging Face image-text model with its processor will do; what is attached to the model stays.
+Every answer is a line in a journal, so a run that was stopped goes on where it was; rows are made
+of the lines alone. Recipes take turns batch by batch, which makes their times comparable.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import random
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from PIL import Image
 
-from foveate.tasks import Example, Task, names, task
+import foveate
+from foveate.adapter import family, text_shape
+from foveate.answer import Answers, answer
+from foveate.ask import vision_rows
+from foveate.bench import DENSE, Stopwatch
+from foveate.recipe import Recipe
+from foveate.report import Report
+from foveate.statistics import difference, interval, mcnemar
+from foveate.tasks import Example, Task
 
-MAX_NEW_TOKENS = 12
-BLANK = (124, 116, 104)
+BLANK = (124, 116, 104)  # the mean colour of photos
+BASELINES = ("random", "pool", "downsample")
+Key = tuple[str, str, bool]
+_PROBED = 4  # examples that tell what a recipe costs
 
 
 @dataclass(frozen=True)
-class Result:
-    """The outcome on one task: mean score, its interval, and what was answered to every example.
+class Record:
+    """One answer and what its prompt cost.
 
-    ``vision_tokens`` is the mean of an example's prompt, before any reduction.
+    ``made`` tells recipes of one name apart; ``vision_tokens`` is the mean over layers.
     """
 
     task: str
-    n: int
+    recipe: str
+    made: str
+    blank: bool
+    index: int
+    kind: str
+    answer: str
     score: float
-    ci_low: float
-    ci_high: float
-    by: dict[str, tuple[int, float]]
     vision_tokens: float
-    answers: tuple[str, ...]
+    flops: int
+    dense_flops: int
+    prefill_ms: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row for JSON, without the answers."""
-        row = asdict(self)
-        del row["answers"]
-        return row
+
+@dataclass(frozen=True)
+class Case:
+    """One column of a comparison: a recipe or None, with or without the images blanked."""
+
+    name: str
+    recipe: Recipe | None = None
+    blank: bool = False
+
+    @cached_property
+    def key(self) -> Key:
+        """What its records have in common."""
+        if self.recipe is None:
+            return self.name, "", self.blank
+        text = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        return self.name, hashlib.sha256(text.encode()).hexdigest()[:12], self.blank
+
+
+@dataclass
+class Journal:
+    """Records, and the file that keeps them.
+
+    Attributes:
+        file: a line of JSON per record after a first line that says what was asked; None keeps
+            them in memory.
+        asked: what decides the answers besides recipe and task, such as model, split and seed.
+    """
+
+    file: Path | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a file that another command wrote."""
+        if self.file is None:
+            return
+        head = json.dumps(dict(self.asked), sort_keys=True)
+        if not self.file.is_file():
+            self.file.write_text(head + "\n")
+            return
+        first, *lines = self.file.read_text().split("\n")
+        if first != head:
+            raise ValueError(
+                f"{self.file} holds the answers of another command:\n  there {first}\n  now   "
+                f"{head}\nGive another --json, or delete the file to begin anew."
+            )
+        whole = lines[:-1]  # what follows the last line break was cut off
+        self.records += [Record(**json.loads(line)) for line in whole]
+        self.file.write_text("\n".join((first, *whole, "")))
+
+    def add(self, records: Sequence[Record]) -> None:
+        self.records += records
+        if self.file is not None:
+            with self.file.open("a") as out:
+                out.writelines(json.dumps(asdict(r)) + "\n" for r in records)
+
+    def of(self, task: str) -> dict[Key, dict[int, Record]]:
+        """The records of a task, by case and example."""
+        found: dict[Key, dict[int, Record]] = {}
+        for r in self.records:
+            if r.task == task:
+                found.setdefault((r.recipe, r.made, r.blank), {})[r.index] = r
+        return found
 
 
 def evaluate(
     model: Any,
     processor: Any,
-    task: Task,
+    tasks: Sequence[Task],
+    recipes: Mapping[str, Recipe],
     *,
-    batch_size: int = 16,
+    batch_size: int = 8,
     blank: bool = False,
-    likelihood: str = "mean",
-    advance: Callable[[int], object] | None = None,
-) -> Result:
-    """Answer every example of ``task`` greedily, or by likelihood where it has choices.
+    journal: Journal | None = None,
+    advance: Callable[[str, int], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Answer every example with the untouched model and with each recipe; rows for JSON.
 
-    ``blank`` replaces every image by one of mean colour: what the questions alone give away.
-    ``likelihood`` compares choices by ``mean`` or ``sum`` of their tokens' log-probabilities.
+    Questions are answered greedily and must be right to the letter after lower-casing; where an
+    example has choices the likeliest is the answer.
+
+    Args:
+        recipes: by the name their rows get.
+        blank: a further row of the untouched model with every image in one colour: what the
+            questions alone give away.
+        journal: goes on from its records.
+        advance: told (task, answers just given).
+
+    Raises:
+        ValueError: for a task without examples, or a recipe that cannot work on the model.
     """
-    if len(task) == 0:
-        raise ValueError(
-            f"{task.name} finds nothing to ask here; give it more photos or another --split."
-        )
-    answers: list[str] = []
-    scores: list[float] = []
-    kinds: list[str] = []
-    seen = 0
-    for examples in _batches(task, batch_size, blank):
-        given, tokens = _answer(model, processor, examples, likelihood)
-        answers += given
-        seen += tokens
-        scores += [task.score(e, a) for e, a in zip(examples, given, strict=True)]
-        kinds += [e.meta.get("kind", "") for e in examples]
-        if advance:
-            advance(len(examples))
+    journal = journal or Journal()
+    cases = [Case(DENSE), *(Case(n, r) for n, r in recipes.items())]
+    if blank:
+        cases.insert(1, Case(DENSE, blank=True))
+    rows = []
+    for task in tasks:
+        if len(task) == 0:
+            raise ValueError(
+                f"{task.name} finds nothing to ask here; give it more photos or another --split."
+            )
+        seen = journal.of(task.name)
+        for span, examples in _batches(task, batch_size):
+            for case in cases:
+                todo = [i for i in span if i not in seen.get(case.key, ())]
+                if todo:
+                    chosen = [examples[i - span.start] for i in todo]
+                    journal.add(_answered(model, processor, task, case, todo, chosen))
+                if advance:
+                    advance(task.name, len(span))
+        rows += summary(journal.of(task.name), cases, len(task))
+    return rows
+
+
+def summary(
+    found: Mapping[Key, Mapping[int, Record]], cases: Sequence[Case], n: int
+) -> list[dict[str, Any]]:
+    """A row per case over the first ``n`` examples, compared with the untouched model's."""
+    dense = found[Case(DENSE).key]
+    return [
+        _row(case.name, [found[case.key][i] for i in range(n)], [dense[i] for i in range(n)])
+        for case in cases
+    ]
+
+
+def _row(name: str, mine: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Any]:
+    scores, wanted = [r.score for r in mine], [r.score for r in theirs]
     low, high = interval(scores)
-    by = {
-        k: _mean([s for s, kind in zip(scores, kinds, strict=True) if kind == k])
-        for k in set(kinds)
+    worse, better = difference(scores, wanted)
+    same = [float(a.answer == b.answer) for a, b in zip(mine, theirs, strict=True)]
+    kinds = sorted({r.kind for r in mine} - {""})
+    return {
+        "task": mine[0].task,
+        "recipe": name,
+        "blank": mine[0].blank,
+        "n": len(mine),
+        "score": _mean(scores),
+        "ci_low": low,
+        "ci_high": high,
+        "difference": _mean(scores) - _mean(wanted),
+        "difference_low": worse,
+        "difference_high": better,
+        "mcnemar_p": mcnemar(scores, wanted),
+        "agreement": _mean(same),
+        "vision_tokens": _mean([r.vision_tokens for r in mine]),
+        "flops_ratio": sum(r.dense_flops for r in mine) / sum(r.flops for r in mine),
+        "prefill_ms": _mean([r.prefill_ms for r in mine]),
+        "by": {k: _mean([r.score for r in mine if r.kind == k]) for k in kinds},
     }
-    by = {k: by[k] for k in sorted(by) if k}
-    n, score = _mean(scores)
-    return Result(task.name, n, score, low, high, by, seen / n, tuple(answers))
 
 
-def measure(
+def baselines(
+    model: Any, processor: Any, task: Task, recipes: Mapping[str, Recipe]
+) -> tuple[dict[str, Recipe], list[str]]:
+    """The plain methods at the FLOPs of each recipe, and what was left out, with its reason.
+
+    A recipe's FLOPs are measured on the first examples, so that adaptive ones have them too. A
+    baseline keeps the most tokens whose FLOPs are not above that.
+    """
+    examples = [task.example(i) for i in range(min(_PROBED, len(task)))]
+    dense = _cost(model, processor, examples, None)
+    made: dict[str, Recipe] = {}
+    notes: list[str] = []
+    for recipe in recipes.values():
+        spent = _cost(model, processor, examples, recipe)[0]
+        keep = _affordable(model, dense, spent)
+        for name in BASELINES:
+            label = f"{name}:keep={keep:.4g}"
+            if label not in made:
+                made[label] = foveate.recipe(name, keep=keep)
+    for label in list(made):
+        try:
+            _cost(model, processor, examples[:1], made[label])
+        except NotImplementedError as error:
+            del made[label]
+            notes.append(f"{label} is left out: {error}")
+    return made, notes
+
+
+def _affordable(model: Any, dense: tuple[float, float, float], spent: float) -> float:
+    """The share of vision tokens, kept from the entrance on, that costs ``spent`` at most."""
+    _, rows, vision = dense
+    shape = text_shape(family(model).text(model))
+    low, high = 1, max(1, round(vision))
+    while low < high:
+        middle = (low + high + 1) // 2
+        length = round(rows - vision + middle)
+        low, high = (
+            (middle, high)
+            if shape.prefill_flops([length] * shape.layers) <= spent
+            else (low, middle - 1)
+        )
+    return low / max(1, round(vision))
+
+
+def _cost(
+    model: Any, processor: Any, examples: Sequence[Example], recipe: Recipe | None
+) -> tuple[float, float, float]:
+    """Mean FLOPs, rows and vision tokens of the examples' prompts."""
+    records, rows, vision = [], 0, 0
+    for example in examples:
+        with ExitStack() as stack:
+            report = stack.enter_context(foveate.reduced(model, recipe)) if recipe else None
+            said = answer(model, processor, [example], max_new_tokens=1)
+        records.append(_costs(model, report, said)[0])
+        rows += int(said.mask[0].sum())
+        vision += int(vision_rows(model, said.ids)[0].sum())
+    n = len(examples)
+    return sum(flops for _, flops, _ in records) / n, rows / n, vision / n
+
+
+def _answered(
     model: Any,
     processor: Any,
-    tasks: Sequence[Task],
-    *,
-    batch_size: int = 16,
-    blank: bool = False,
-    advance: Callable[[str, int], object] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """One row for JSON per task, followed with ``blank`` by the row of the blanked images."""
-    for one in tasks:
-        for hidden in (False, True)[: 1 + blank]:
-            begun = time.monotonic()
-            what = one.name + (" (blank)" if hidden else "")
-
-            def done(count: int, what: str = what) -> None:
-                if advance:
-                    advance(what, count)
-
-            result = evaluate(
-                model, processor, one, batch_size=batch_size, blank=hidden, advance=done
-            )
-            seconds = round(time.monotonic() - begun, 1)
-            dense = {"recipe": "dense", "agreement": 1.0, "flops_ratio": 1.0}
-            yield {**dense, "blank": hidden, **result.to_dict(), "seconds": seconds}
-
-
-def interval(scores: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's for right-or-wrong scores, else a bootstrap."""
-    n = len(scores)
-    if n == 0:
-        return 0.0, 1.0
-    mean = sum(scores) / n
-    if set(scores) <= {0.0, 1.0}:
-        z = 1.959964
-        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
-    rng = random.Random(0)
-    means = sorted(sum(rng.choices(scores, k=n)) / n for _ in range(1000))
-    return means[25], means[974]
+    task: Task,
+    case: Case,
+    indices: Sequence[int],
+    examples: Sequence[Example],
+) -> list[Record]:
+    """One batch under one case."""
+    given = [_blanked(e) for e in examples] if case.blank else examples
+    watch = Stopwatch(model)
+    with watch.around(case.recipe) as report:
+        said = answer(model, processor, given)
+        prefill_ms = watch.forwards()[0].prefill_ms / len(said.ids)
+    costs = _costs(model, report, said)
+    return [
+        Record(
+            task=task.name,
+            recipe=case.name,
+            made=case.key[1],
+            blank=case.blank,
+            index=index,
+            kind=example.meta.get("kind", ""),
+            answer=text,
+            score=task.score(example, text),
+            vision_tokens=tokens,
+            flops=flops,
+            dense_flops=dense_flops,
+            prefill_ms=prefill_ms,
+        )
+        for index, example, text, (tokens, flops, dense_flops) in zip(
+            indices, examples, said.texts, costs, strict=True
+        )
+    ]
 
 
-def _mean(scores: list[float]) -> tuple[int, float]:
-    return len(scores), sum(scores) / len(scores) if scores else 0.0
+def _costs(model: Any, report: Report | None, said: Answers) -> list[tuple[float, int, int]]:
+    """(mean vision tokens, FLOPs, FLOPs untouched) of each example's prompt."""
+    shape = text_shape(family(model).text(model))
+    lengths, vision = said.mask.sum(-1).tolist(), vision_rows(model, said.ids).sum(-1).tolist()
+    found = []
+    for b in said.rows:
+        rows, alive = [lengths[b]] * shape.layers, [vision[b]] * shape.layers
+        dense = shape.prefill_flops(rows)
+        if report is not None and report.rows:
+            rows = [layer[b] for layer in report.rows]
+            alive = [layer[b] for layer in report.alive]
+        found.append((sum(alive) / shape.layers, shape.prefill_flops(rows), dense))
+    return found
 
 
-def _batches(task: Task, size: int, blank: bool) -> Iterator[list[Example]]:
+def _blanked(example: Example) -> Example:
+    return replace(example, image=Image.new("RGB", example.image.size, BLANK))
+
+
+def _batches(task: Task, size: int) -> Iterator[tuple[range, list[Example]]]:
     """Examples in batches, the next ones made ready while the model works."""
-
-    def one(index: int) -> Example:
-        example = task.example(index)
-        if not blank:
-            return example
-        plain = Image.new("RGB", example.image.size, BLANK)
-        return Example(plain, example.question, example.answer, example.choices, example.meta)
-
+    spans = [range(s, min(s + size, len(task))) for s in range(0, len(task), size)]
     with ThreadPoolExecutor(4) as pool:
-        starts = range(0, len(task), size)
-        spans = [range(s, min(s + size, len(task))) for s in starts]
-        waiting = [pool.submit(one, i) for i in spans[0]] if spans else []
-        for k in range(len(spans)):
-            coming = [pool.submit(one, i) for i in spans[k + 1]] if k + 1 < len(spans) else []
-            yield [f.result() for f in waiting]
+        waiting = [pool.submit(task.example, i) for i in spans[0]]
+        for span, after in zip(spans, (*spans[1:], range(0)), strict=True):
+            coming = [pool.submit(task.example, i) for i in after]
+            yield span, [f.result() for f in waiting]
             waiting = coming
 
 
-def _answer(
-    model: Any, processor: Any, examples: list[Example], likelihood: str
-) -> tuple[list[str], int]:
-    """What is answered to each example, and the vision tokens of all their prompts."""
-    if any(e.choices for e in examples):
-        return _choose(model, processor, examples, likelihood)
-    inputs = _inputs(model, processor, examples, [_prompt(processor, e) for e in examples])
-    with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-    new = out[:, inputs["input_ids"].shape[1] :]
-    answers = [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
-    return answers, sum(_vision_tokens(model, inputs))
-
-
-def _choose(
-    model: Any, processor: Any, examples: list[Example], likelihood: str
-) -> tuple[list[str], int]:
-    """The likeliest choice of each example, all of them in one forward."""
-    pairs = [(e, c) for e in examples for c in e.choices]
-    end = processor.tokenizer.eos_token or ""
-    prompts = [_prompt(processor, e) for e, _ in pairs]
-    texts = [p + c + end for p, (_, c) in zip(prompts, pairs, strict=True)]
-    lengths = [
-        len(whole) - len(start)
-        for whole, start in zip(*(_ids(processor, some) for some in (texts, prompts)), strict=True)
-    ]
-    inputs = _inputs(model, processor, [e for e, _ in pairs], texts)
-    with torch.no_grad():
-        logits = model(**inputs, logits_to_keep=max(lengths) + 1).logits
-    ids = inputs["input_ids"][:, -max(lengths) :]
-    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    scores = [
-        float(row[-n:].mean() if likelihood == "mean" else row[-n:].sum())
-        for row, n in zip(logp, lengths, strict=True)
-    ]
-    tokens = _vision_tokens(model, inputs)
-    chosen, seen, at = [], 0, 0
-    for e in examples:
-        part = scores[at : at + len(e.choices)]
-        chosen.append(e.choices[part.index(max(part))])
-        seen += tokens[at]
-        at += len(e.choices)
-    return chosen, seen
-
-
-def _prompt(processor: Any, example: Example) -> str:
-    """The text of a single-turn chat, up to where the answer begins."""
-    content = [{"type": "image"}, {"type": "text", "text": example.question}]
-    chat = [{"role": "user", "content": content}]
-    return cast(str, processor.apply_chat_template(chat, add_generation_prompt=True))
-
-
-def _ids(processor: Any, texts: list[str]) -> list[list[int]]:
-    return cast(list[list[int]], processor.tokenizer(texts)["input_ids"])
-
-
-def _inputs(model: Any, processor: Any, examples: list[Example], texts: list[str]) -> Any:
-    """The processor's output for ``texts`` about the examples' images, padded on the left."""
-    images = [example.image for example in examples]
-    inputs = processor(
-        images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
-    )
-    return inputs.to(model.device, model.dtype)
-
-
-def _vision_tokens(model: Any, inputs: Any) -> list[int]:
-    """The number of image placeholders in each prompt."""
-    placeholder = getattr(model.config, "image_token_id", None)
-    count: list[int] = (inputs["input_ids"] == placeholder).sum(-1).tolist()
-    return count
-
-
-def main() -> None:
-    """``python -m foveate.evaluate``; what can go wrong is said in one message, exit status 2."""
-    try:
-        import typer
-    except ImportError:
-        print("foveate: evaluation needs typer: pip install 'foveate[eval]'", file=sys.stderr)
-        sys.exit(2)
-    of_model = typer.Option("pinhole", help="pinhole, a Hub id or a local folder.")
-    of_task = typer.Option("easyvqa", help="Names of tasks, with commas between them.")
-    of_limit = typer.Option(500, min=1, help="Examples of each task.")
-    of_file = typer.Option(None, "--json", help="Write the rows here, after each one.")
-    of_blank = typer.Option(False, "--blank", help="Also with every image blanked.")
-    of_batch = typer.Option(8, "--batch", min=1, help="Examples at once.")
-    of_data = typer.Option(None, help="Folder with SPLIT.tar and SPLIT.jsonl of captioned photos.")
-    of_split = typer.Option("validation", help="Which examples: train or validation.")
-    of_device = typer.Option("auto", help="cpu, cuda, cuda:1, … or auto.")
-    of_dtype = typer.Option("auto", help="float32, bfloat16, float16 or auto.")
-    of_threads = typer.Option(None, min=1, help="CPU threads.")
-
-    def command(
-        model: str = of_model,
-        task: str = of_task,
-        limit: int = of_limit,
-        json_file: Path | None = of_file,
-        blank: bool = of_blank,
-        batch: int = of_batch,
-        data: Path | None = of_data,
-        split: str = of_split,
-        device: str = of_device,
-        dtype: str = of_dtype,
-        threads: int | None = of_threads,
-    ) -> None:
-        """Accuracy on tasks with 95 % intervals; questions need the right answer to the letter."""
-        if threads:
-            torch.set_num_threads(threads)
-        try:
-            tasks = _named(task, data, split, limit)
-            result = _measured(model, tasks, batch, blank, json_file, (dtype, device))
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            typer.echo(f"foveate: {error}", err=True)
-            raise typer.Exit(2) from None
-        typer.echo(table(result["rows"]))
-
-    typer.run(command)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of ``measure`` as a markdown table: one line a task, blanked images beside it."""
-    lines = ["| task | n | score | 95 % interval | images blanked |", "|---|--:|--:|---|--:|"]
-    blanked = {row["task"]: row["score"] for row in rows if row["blank"]}
-    for row in rows:
-        if not row["blank"]:
-            beside = blanked.get(row["task"])
-            lines.append(
-                f"| {row['task']} | {row['n']} | {row['score']:.1%} "
-                f"| {row['ci_low']:.1%} – {row['ci_high']:.1%} "
-                f"| {'–' if beside is None else f'{beside:.1%}'} |"
-            )
-    return "\n".join(lines)
-
-
-def _named(given: str, data: Path | None, split: str, limit: int) -> list[Task]:
-    found = [name.strip() for name in given.split(",") if name.strip()]
-    if not found:
-        raise ValueError(f"--task {given!r} names no task; there are {', '.join(names())}.")
-    return [task(name, data=data, split=split, limit=limit) for name in found]
-
-
-def _measured(
-    name: str,
-    tasks: Sequence[Task],
-    batch: int,
-    blank: bool,
-    file: Path | None,
-    place: tuple[str, str],
-) -> dict[str, Any]:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-    from transformers import logging
-
-    from foveate import loading
-    from foveate.bench import about
-
-    if name.startswith("shape:"):
-        raise ValueError(f"{name} has random weights and cannot be evaluated; try --model pinhole.")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ValueError(f"--json {file}: the folder {file.absolute().parent} does not exist.")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model, processor = loading.model(name, dtype=place[0], device=place[1])
-    result: dict[str, Any] = {**about(model, name), "rows": []}
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        jobs: dict[str, Any] = {}
-        total = {one.name: len(one) for one in tasks}
-
-        def advance(what: str, count: int) -> None:
-            if what not in jobs:
-                jobs[what] = bar.add_task(what, total=total[what.removesuffix(" (blank)")])
-            bar.advance(jobs[what], count)
-
-        for row in measure(model, processor, tasks, batch_size=batch, blank=blank, advance=advance):
-            result["rows"].append(row)
-            if file is not None:
-                file.write_text(json.dumps(result, indent=1) + "\n")
-    return result
-
-
-if __name__ == "__main__":
-    main()
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -31,6 +31,8 @@ _EXTRAS: Mapping[str, str] = {
     "onnx": "pinhole",
     "matplotlib": "demo",
     "skimage": "demo",
+    "scipy": "eval",
+    "sacrebleu": "eval",
 }
 
 
@@ -308,6 +310,79 @@ def bench(
     _append(csv_file, result)
 
 
+@app.command("eval")
+def evaluate(
+    task: Annotated[
+        list[str],
+        typer.Option("--task", help="A task or a JSONL file of your own; several, or with commas."),
+    ],
+    model: Model = loading.PINHOLE,
+    recipe: Recipes = None,
+    keep: Annotated[
+        str, typer.Option("--keep", help="Every preset at each of these, such as 0.33,0.11.")
+    ] = "",
+    baselines: Annotated[
+        bool, typer.Option(help="Also random, pool and downsample at each recipe's FLOPs.")
+    ] = True,
+    blank: Annotated[bool, typer.Option("--blank", help="Also dense with blanked images.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Examples of each task.")] = 500,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of examples.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples at once.")] = 8,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with SPLIT.tar and SPLIT.jsonl.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Such as train, validation.")] = "validation",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Accuracy with 95 % intervals, dense against recipes; goes on where it was stopped.
+
+    With --json FILE every answer is kept beside it (FILE.answers), and the same command goes on.
+    """
+    from foveate import evaluate as leaf
+    from foveate.bench import about
+    from foveate.tasks import task as named
+
+    _no_shape(model, "eval")
+    wanted = [name.strip() for text in task for name in text.split(",") if name.strip()]
+    tasks = [named(n, data=data, split=split, seed=seed, limit=limit) for n in wanted]
+    if not tasks:
+        raise ValueError("--task names no task; try --task easyvqa.")
+    made: dict[str, Recipe] = {}
+    for part in _shares(keep):
+        more = _recipes(recipe or [], part)
+        made |= {_label(name, part): one for name, one in more.items()}
+    loaded, processor = _load(model, dtype, device, threads)
+    result = about(loaded, model) | {"split": split, "seed": seed, "rows": [], "notes": []}
+    asked = {k: result[k] for k in ("model", "dtype", "split", "seed", "versions")}
+    journal = leaf.Journal(
+        json_file and json_file.with_name(json_file.name + ".answers"),
+        asked | {"data": str(data or "")},
+    )
+    with _progress() as bar:
+        if baselines and made:
+            job = bar.add_task("finding baselines of equal FLOPs", total=None)
+            plain, result["notes"] = leaf.baselines(loaded, processor, tasks[0], made)
+            made |= plain
+            bar.remove_task(job)
+        columns = 1 + blank + len(made)
+        jobs = {t.name: bar.add_task(t.name, total=len(t) * columns) for t in tasks}
+        result["rows"] = leaf.evaluate(
+            loaded,
+            processor,
+            tasks,
+            made,
+            batch_size=batch,
+            blank=blank,
+            journal=journal,
+            advance=lambda name, count: bar.advance(jobs[name], count),
+        )
+    tables.console().print(tables.evaluation(result))
+    _write(json_file, result)
+
+
 @app.command()
 def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it.")] = False,
@@ -343,6 +418,17 @@ def _recipes(given: Sequence[str], keep: float | None) -> dict[str, Recipe]:
     if keep is not None and len(finished) == len(given):
         parse(finished[0], keep)  # refuses a budget for a finished recipe
     return made
+
+
+def _shares(text: str) -> list[float | None]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()] or [None]
+    except ValueError:
+        raise ValueError(f"--keep is {text!r}; give fractions, such as 0.33,0.11.") from None
+
+
+def _label(name: str, keep: float | None) -> str:
+    return name if keep is None else f"{name}{',' if ':' in name else ':'}keep={keep:.4g}"
 
 
 def _no_shape(model: str, command: str) -> None:

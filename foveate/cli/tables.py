@@ -101,6 +101,41 @@ def _legend(result: Row) -> str:
     )
 
 
+def evaluation(result: Row) -> RenderableType:
+    """Scores with their intervals, a section a task; what dense lost or gained beside them."""
+    table = _table(f"{result['model']} on {result['device']}, {result['dtype']}, {result['split']}")
+    table.add_column("recipe", style="cyan", overflow="fold")
+    heads = ("score", "95 %", "against dense", "same", "tokens", "FLOPs", "prefill ms")
+    for name in heads:
+        table.add_column(name, justify="right")
+    for task in dict.fromkeys(row["task"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["task"] == task]
+        table.add_section()
+        table.add_row(Text(f"{task}, {rows[0]['n']} examples", "bold"))
+        for row in rows:
+            table.add_row(*_scored(row))
+    notes = [*result["notes"], _SCORED]
+    return Group(table, *(Text(note) for note in notes))
+
+
+def _scored(row: Row) -> Iterable[str]:
+    plain = row["recipe"] == "dense" and not row["blank"]
+    yield row["recipe"] + (", blank images" if row["blank"] else "")
+    yield f"{row['score']:.1%}"
+    yield f"{row['ci_low']:.1%} – {row['ci_high']:.1%}"
+    p = row["mcnemar_p"]
+    yield (
+        ""
+        if plain
+        else f"{100 * row['difference']:+.1f} ({100 * row['difference_low']:+.1f} … "
+        f"{100 * row['difference_high']:+.1f}" + ("" if p is None else f"; p={p:.2g}") + ")"
+    )
+    yield "" if plain else f"{row['agreement']:.0%}"
+    yield f"{row['vision_tokens']:.0f}"
+    yield f"{row['flops_ratio']:.2f}× less" if not plain else ""
+    yield f"{row['prefill_ms']:.0f}"
+
+
 def methods(rows: Sequence[Row], presets: Sequence[Row]) -> RenderableType:
     """The catalogue."""
     table = _table("methods")
@@ -194,3 +229,8 @@ _STAGES: Mapping[str, Callable[[Row], str]] = {
     "efficiency": lambda row: _maybe(row["efficiency"], 2),
 }
 _LAST = ("peak MiB", "decode ms")  # a line below these
+_SCORED = (
+    "against dense: percentage points with a paired bootstrap's 95 % interval, and McNemar's exact "
+    "p; same: answers equal to dense's; tokens: vision tokens, mean over layers; prefill: per "
+    "prompt, without the vision encoder."
+)

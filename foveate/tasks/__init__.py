@@ -16,7 +16,7 @@ def names() -> tuple[str, ...]:
     """Every task that ``task`` knows."""
     photos = ("flickr8k-yesno", "flickr8k-yesno-popular", "flickr8k-yesno-adversarial")
     scenes = ("scenes-where", "scenes-count", "scenes-words")
-    return (*photos, "flickr8k-choice", "easyvqa", *scenes)
+    return (*photos, "flickr8k-choice", "flickr8k-caption", "easyvqa", *scenes)
 
 
 def task(
@@ -27,11 +27,16 @@ def task(
     seed: int = 0,
     limit: int | None = None,
 ) -> Task:
-    """The task of that name. ``data`` is a folder of photos, for the tasks that need one.
+    """The task of that name, or the one in a JSONL file (:mod:`foveate.tasks.own`).
 
+    ``data`` is a folder of photos, for the tasks that need one.
     Photos have the splits that the folder holds. Of easyvqa, ``validation`` and ``test`` are the
     package's test split; drawn scenes differ in every split.
     """
+    if name.endswith(".jsonl"):
+        from foveate.tasks.own import Own
+
+        return Own(_there(Path(name)), seed, limit)
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
         raise ValueError(f"no task {name!r}; did you mean {near!r}? Tasks: {', '.join(names())}")
@@ -45,10 +50,18 @@ def task(
         from foveate.tasks.scenes import Scenes
 
         return Scenes(name.removeprefix("scenes-"), split, seed, limit)
-    from foveate.tasks.flickr8k import Choice, YesNo
+    from foveate.tasks.flickr8k import Caption, Choice, YesNo
     from foveate.tasks.photos import photos
 
     if name == "flickr8k-choice":
         return Choice(photos(data, split), seed, limit)
+    if name == "flickr8k-caption":
+        return Caption(photos(data, split), seed, limit)
     negatives = name.removeprefix("flickr8k-yesno").removeprefix("-") or "random"
     return YesNo(photos(data, split), negatives, seed, limit)
+
+
+def _there(file: Path) -> Path:
+    if not file.is_file():
+        raise ValueError(f"There is no task file {file}; see foveate.tasks.own for its form.")
+    return file

@@ -14,7 +14,8 @@ class Example:
     """One question about one image.
 
     ``choices`` empty: the answer is generated and compared. Otherwise the model's likelihood picks
-    among ``choices``, of which ``answer`` is one. ``meta`` says which kind of example it is.
+    among ``choices``, of which ``answer`` is one. ``meta`` says which kind of example it is, and
+    ``also`` holds further answers that are right.
     """
 
     image: Image.Image
@@ -22,6 +23,7 @@ class Example:
     answer: str
     choices: tuple[str, ...] = ()
     meta: dict[str, str] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
 
 class Task(Protocol):

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from foveate.loading import missing
 from foveate.tasks.example import Example, matches
 from foveate.tasks.lexicon import Thing, things, words
 from foveate.tasks.photos import Photos, sentence
@@ -131,3 +132,38 @@ class Choice:
 
     def score(self, example: Example, answer: str) -> float:
         return float(answer == example.answer)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """``flickr8k-caption``: a caption is made and compared with the five by chrF (sacrebleu).
+
+    chrF is the F-score of character n-grams against the best of the five, 0 to 1; it is simpler
+    than CIDEr, which needs the statistics of a whole corpus.
+    """
+
+    photos: Photos
+    seed: int = 0
+    limit: int | None = None
+    name: str = "flickr8k-caption"
+
+    @cached_property
+    def order(self) -> list[int]:
+        order = list(range(len(self.photos)))
+        random.Random(self.seed).shuffle(order)
+        return order[: self.limit]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def example(self, index: int) -> Example:
+        photo = self.order[index]
+        first, *rest = map(sentence, self.photos.captions(photo))
+        return Example(self.photos.image(photo), CAPTION_QUESTION, first, also=tuple(rest))
+
+    def score(self, example: Example, answer: str) -> float:
+        try:
+            from sacrebleu import sentence_chrf
+        except ImportError as error:
+            raise missing("sacrebleu", "eval") from error
+        return float(sentence_chrf(answer, [example.answer, *example.also]).score) / 100

@@ -1,0 +1,75 @@
+"""A task of one's own: a JSONL file, one question about one image a line.
+
+    {"image": "photos/1.jpg", "question": "What colour is the car?", "answer": "red"}
+    {"image": "2.png", "question": "…", "answer": ["two", "2"]}
+    {"image": "3.png", "question": "…", "answer": "B", "choices": ["A", "B", "C"]}
+
+Paths are relative to the file. Of several answers any will do; choices go by likelihood.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from foveate.loading import picture
+from foveate.tasks.example import Example, matches
+
+
+@dataclass(frozen=True)
+class Own:
+    """The questions of ``file``, shuffled by ``seed``; every line is checked before the first."""
+
+    file: Path
+    seed: int = 0
+    limit: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        lines = enumerate(self.file.read_text(encoding="utf-8").split("\n"), 1)
+        rows = [_row(line, f"{self.file}, line {n}") for n, line in lines if line.strip()]
+        random.Random(self.seed).shuffle(rows)
+        return rows[: self.limit]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def example(self, index: int) -> Example:
+        row = self.rows[index]
+        image = picture(self.file.parent / row["image"])
+        answers = row["answer"]
+        return Example(
+            image, row["question"], answers[0], tuple(row["choices"]), also=tuple(answers[1:])
+        )
+
+    def score(self, example: Example, answer: str) -> float:
+        return max(matches(said, answer) for said in (example.answer, *example.also))
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"])
+        choices = list(row.get("choices", ()))
+        texts = (row["image"], row["question"], *answers, *choices)
+        if not answers or not all(isinstance(t, str) and t for t in texts):
+            raise TypeError
+        if choices and answers[0] not in choices:
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f'{where} is not of the form {{"image": "a.jpg", "question": "…", "answer": "…"}} '
+            f'(optional "choices": [...], of which the answer is one): {line[:80]}'
+        ) from None
+    return {"image": row["image"], "question": row["question"]} | {
+        "answer": answers,
+        "choices": choices,
+    }
