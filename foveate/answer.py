@@ -55,9 +55,7 @@ def answer(
     return Answers([text.strip() for text in said], ids, mask, list(range(len(examples))))
 
 
-def _choose(
-    model: Any, processor: Any, examples: Sequence[Example], likelihood: str
-) -> Answers:
+def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood: str) -> Answers:
     """The likeliest choice of each example, all of them in one forward."""
     pairs = [(e, c) for e in examples for c in e.choices]
     end = processor.tokenizer.eos_token or ""

@@ -1,4 +1,4 @@
-"""What a difference in scores is worth: intervals, paired where two models saw the same examples."""
+"""What a difference in scores is worth: intervals, paired over the same examples."""
 
 from __future__ import annotations
 

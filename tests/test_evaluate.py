@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,14 @@ import torch
 from PIL import Image
 
 import foveate
-from foveate import evaluate, loading
-from foveate.evaluate import interval, measure
-from foveate.tasks import Example, task
+from foveate.answer import MAX_NEW_TOKENS, answer
+from foveate.evaluate import BLANK, Journal, baselines, evaluate
+from foveate.statistics import difference, interval, mcnemar
+from foveate.tasks import Example
 from foveate.tasks.example import matches
 
 WORDS = [chr(97 + i) + chr(97 + j) for i in range(8) for j in range(10)]
-STEPS = evaluate.MAX_NEW_TOKENS
+STEPS = MAX_NEW_TOKENS
 TEMPLATE = "{% for m in messages %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }} {% endfor %}{% endfor %}"  # noqa: E501
 
 
@@ -150,107 +149,186 @@ def likeliest(model: Any, processor: Any, example: Example, rule: str) -> str:
     return example.choices[int(np.argmax(scores))]
 
 
+def texts(pair: tuple[Any, Any], some: Sequence[Example], size: int, **more: Any) -> list[str]:
+    """Answers in batches of ``size``."""
+    parts = [some[i : i + size] for i in range(0, len(some), size)]
+    return [text for part in parts for text in answer(*pair, part, **more).texts]
+
+
 def test_greedy_answers_are_those_of_a_naive_loop(pair: tuple[Any, Any]) -> None:
-    made = asked()
-    result = evaluate.evaluate(*pair, made, batch_size=3)
-    expected = [greedy(*pair, e) for e in made.examples]
-    assert list(result.answers) == expected
+    some = asked().examples
+    expected = [greedy(*pair, e) for e in some]
+    assert texts(pair, some, 3) == expected
     assert len(set(expected)) > 3, "the model says the same to everything: nothing was tested"
 
 
 @pytest.mark.parametrize("rule", ["mean", "sum"])
 def test_choices_are_those_of_a_naive_loop(pair: tuple[Any, Any], rule: str) -> None:
-    made = chosen()
-    result = evaluate.evaluate(*pair, made, batch_size=3, likelihood=rule)
-    expected = [likeliest(*pair, e, rule) for e in made.examples]
-    assert list(result.answers) == expected
-    hits = [answer == e.answer for answer, e in zip(expected, made.examples, strict=True)]
-    assert result.score == sum(hits) / 7
-    places = {e.choices.index(a) for e, a in zip(made.examples, expected, strict=True)}
-    assert len(places) > 1
+    some = chosen().examples
+    expected = [likeliest(*pair, e, rule) for e in some]
+    assert texts(pair, some, 3, likelihood=rule) == expected
+    assert len({e.choices.index(a) for e, a in zip(some, expected, strict=True)}) > 1
 
 
 def test_mean_and_sum_differ(pair: tuple[Any, Any]) -> None:
-    one, other = (
-        evaluate.evaluate(*pair, chosen(), batch_size=7, likelihood=rule).answers
-        for rule in ("mean", "sum")
-    )
-    assert one != other
+    some = chosen().examples
+    assert texts(pair, some, 7) != texts(pair, some, 7, likelihood="sum")
+
+
+RECIPES = {"fastv": foveate.recipe("fastv", keep=0.25), "pool": foveate.recipe("pool", keep=0.25)}
+TIMES = ("prefill_ms",)
+
+
+def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 @pytest.mark.parametrize("make", [asked, chosen])
 def test_a_batch_answers_as_singles_do(pair: tuple[Any, Any], make: Callable[[], Listed]) -> None:
-    results = [evaluate.evaluate(*pair, make(), batch_size=size) for size in (1, 4, 16)]
+    results = [plain(evaluate(*pair, [make()], RECIPES, batch_size=size)) for size in (1, 4, 16)]
     assert results[0] == results[1] == results[2]
-    assert results[0].n == 7 and results[0].vision_tokens == 16
+    dense, fastv, pool = results[0]
+    assert [r["n"] for r in results[0]] == [7, 7, 7]
+    assert (dense["vision_tokens"], dense["flops_ratio"], dense["agreement"]) == (16, 1, 1)
+    assert fastv["vision_tokens"] == (16 + 16 + 4) / 3  # three layers, cut before the third
+    assert pool["vision_tokens"] == 4 and pool["flops_ratio"] > fastv["flops_ratio"] > 1
 
 
-def test_every_example_is_asked_once_and_in_order(pair: tuple[Any, Any]) -> None:
-    made, done = asked(), []
-    evaluate.evaluate(*pair, made, batch_size=3, advance=done.append)
-    assert sorted(made.drawn) == list(range(7)) and done == [3, 3, 1]
+def test_rows_say_what_was_lost(pair: tuple[Any, Any]) -> None:
+    """Scores, agreement and paired figures are those of the answers themselves."""
+    made = asked()
+    dense = texts(pair, made.examples, 7)
+    with foveate.reduced(pair[0], RECIPES["pool"]):
+        pooled = texts(pair, made.examples, 7)
+    right = Listed([replace(e, answer=a) for e, a in zip(made.examples, dense, strict=True)])
+    one, other = evaluate(*pair, [right], {"pool": RECIPES["pool"]})
+    hits = [float(a == b) for a, b in zip(dense, pooled, strict=True)]
+    assert one["score"] == 1.0 and one["difference"] == 0.0 and one["mcnemar_p"] == 1.0
+    assert other["score"] == other["agreement"] == sum(hits) / 7 < 1
+    assert (other["ci_low"], other["ci_high"]) == interval(hits)
+    assert other["difference"] == pytest.approx(sum(hits) / 7 - 1)
+    assert other["difference_low"] <= other["difference"] <= other["difference_high"]
+    assert other["mcnemar_p"] == pytest.approx(min(1.0, 2 * 0.5 ** hits.count(0.0)))
 
 
-def test_the_score_is_the_share_of_right_answers_by_kind(pair: tuple[Any, Any]) -> None:
+def test_scores_by_kind(pair: tuple[Any, Any]) -> None:
     some = asked().examples
-    said = evaluate.evaluate(*pair, Listed(some)).answers
+    said = texts(pair, some, 7)
     kinds = ["near"] * 3 + ["far"] * 4
     wanted = [said[0], "no", said[2], "no", "no", said[5].upper() + ".", "no"]
-    made = Listed(
-        [
-            Example(e.image, e.question, answer, meta={"kind": kind})
-            for e, answer, kind in zip(some, wanted, kinds, strict=True)
-        ]
-    )
-    result = evaluate.evaluate(*pair, made)
-    assert result.score == 3 / 7
-    assert result.by == {"far": (4, 1 / 4), "near": (3, 2 / 3)}
-    assert (result.ci_low, result.ci_high) == interval([1, 0, 1, 0, 0, 1, 0])
+    parts = zip(some, wanted, kinds, strict=True)
+    made = Listed([replace(e, answer=a, meta={"kind": kind}) for e, a, kind in parts])
+    (row,) = evaluate(*pair, [made], {})
+    assert row["score"] == 3 / 7 and row["by"] == {"far": 1 / 4, "near": 2 / 3}
 
 
 def test_blanked_images_are_blank(pair: tuple[Any, Any]) -> None:
     model, processor = pair
     with Watched(model) as seen:
-        blanked = evaluate.evaluate(model, processor, asked(), blank=True)
-    colour = torch.tensor(evaluate.BLANK) / 255
+        rows = evaluate(model, processor, [asked()], {}, blank=True)
+    assert [r["blank"] for r in rows] == [False, True]
+    colour = torch.tensor(BLANK) / 255
     images = processor.image_processor
     expected = (colour - torch.tensor(images.image_mean)) / torch.tensor(images.image_std)
-    (pixels,) = seen.pixels
+    _, pixels = seen.pixels
     assert len(pixels) == 7
     torch.testing.assert_close(pixels, expected[:, None, None].expand_as(pixels), atol=1e-5, rtol=0)
-    hidden = [
-        Example(Image.new("RGB", e.image.size, evaluate.BLANK), e.question, e.answer)
-        for e in asked().examples
-    ]
-    assert blanked == evaluate.evaluate(model, processor, Listed(hidden))
-    assert blanked.answers != evaluate.evaluate(model, processor, asked()).answers
 
 
-def test_what_is_attached_reduces_during_evaluation(pair: tuple[Any, Any]) -> None:
+def test_every_example_is_asked_once_and_in_order(pair: tuple[Any, Any]) -> None:
+    made, done = asked(), []
+    evaluate(*pair, [made], {}, batch_size=3, advance=lambda *said: done.append(said))
+    assert sorted(made.drawn) == list(range(7))
+    assert done == [("listed", 3), ("listed", 3), ("listed", 1)]
+
+
+def test_the_processor_and_the_model_are_left_as_they_were(pair: tuple[Any, Any]) -> None:
     model, processor = pair
-    made, recipe = asked(), foveate.recipe("fastv", keep=0.25)
-    dense = evaluate.evaluate(model, processor, made)
-    with foveate.reduced(model, recipe) as report:
-        together = evaluate.evaluate(model, processor, made)
-        assert report.vision == [16] * 7 and report.alive[-1] == [4] * 7
-        single = evaluate.evaluate(model, processor, made, batch_size=1)
-    assert together == single
-    assert together.answers != dense.answers and together.vision_tokens == 16
-    assert evaluate.evaluate(model, processor, made) == dense
-
-
-def test_the_processor_is_left_as_it_was(pair: tuple[Any, Any]) -> None:
-    before = pair[1].tokenizer.padding_side
-    evaluate.evaluate(*pair, asked(2))
-    assert pair[1].tokenizer.padding_side == before == "right"
+    before = texts(pair, asked().examples, 7)
+    evaluate(model, processor, [asked()], RECIPES)
+    assert processor.tokenizer.padding_side == "right"
+    assert texts(pair, asked().examples, 7) == before
 
 
 def test_nothing_to_ask_is_an_error(pair: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="nothing to ask"):
-        evaluate.evaluate(*pair, Listed([]))
+        evaluate(*pair, [Listed([])], {})
+
+
+# --- the journal -------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """A run that is killed."""
+
+
+def test_a_stopped_run_goes_on(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    """What was answered is not asked again, half a line is dropped, and the rows are the same."""
+    whole = plain(evaluate(*pair, [asked()], RECIPES, batch_size=2))
+    file, steps = tmp_path / "rows.answers", iter(range(5))
+
+    def stop(*_: object) -> None:
+        if next(steps) == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        evaluate(
+            *pair, [asked()], RECIPES, batch_size=2, journal=Journal(file, {"m": 1}), advance=stop
+        )
+    kept = file.read_text()
+    assert kept.count("\n") == 1 + 5 * 2
+    file.write_text(kept + '{"task": "lis')
+    journal = Journal(file, {"m": 1})
+    assert len(journal.records) == 10
+    assert plain(evaluate(*pair, [asked()], RECIPES, batch_size=2, journal=journal)) == whole
+    assert file.read_text().startswith(kept) and file.read_text().count("\n") == 1 + 21
+
+
+def test_a_changed_recipe_of_the_same_name_is_asked_anew(
+    pair: tuple[Any, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.answers"
+    evaluate(*pair, [asked()], {"mine": RECIPES["pool"]}, journal=Journal(file))
+    rows = evaluate(*pair, [asked()], {"mine": RECIPES["fastv"]}, journal=Journal(file))
+    assert rows[1]["vision_tokens"] == 12 and len(Journal(file).records) == 21
+
+
+def test_a_journal_of_another_command_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path / "a", {"seed": 0})
+    with pytest.raises(ValueError, match="answers of another command"):
+        Journal(tmp_path / "a", {"seed": 1})
+
+
+# --- baselines ---------------------------------------------------------------------------------
+
+
+def test_baselines_cost_what_the_recipe_costs(pair: tuple[Any, Any]) -> None:
+    made, notes = baselines(*pair, asked(), {"fastv": RECIPES["fastv"]})
+    assert [name.partition(":")[0] for name in made] == ["random", "pool", "downsample"]
+    assert not notes
+    rows = evaluate(*pair, [asked()], {"fastv": RECIPES["fastv"], **made})
+    fastv, random = rows[1]["flops_ratio"], rows[2]["flops_ratio"]
+    assert random >= fastv and rows[2]["vision_tokens"] + 1 > rows[1]["vision_tokens"]
 
 
 # --- intervals ---------------------------------------------------------------------------------
+
+
+def test_mcnemar_is_the_binomial_of_the_disagreements() -> None:
+    assert mcnemar([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]) == pytest.approx(2 / 32)
+    assert mcnemar([1, 0], [0, 1]) == 1.0 and mcnemar([0.5], [0.1]) is None
+
+
+def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
+    draw = np.random.default_rng(0)
+    dense = (draw.random(300) < 0.7).astype(float)
+    worse = dense.copy()
+    worse[:9] = 0.0
+    low, high = difference(list(worse), list(dense))
+    assert low < worse.mean() - dense.mean() < high <= 0.0
+    one, two = interval(list(worse)), interval(list(dense))
+    assert high - low < (one[1] - one[0]) / 2 and two[0] < one[1]
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 7), (40, 50), (1, 1000), (500, 1000)])
@@ -269,116 +347,3 @@ def test_other_intervals_are_near_the_normal_one() -> None:
     assert high == pytest.approx(np.mean(scores) + half, abs=0.1 * half)
     assert interval(scores) == (low, high)
     assert interval([0.5] * 9) == (0.5, 0.5) and interval([]) == (0.0, 1.0)
-
-
-# --- the command -------------------------------------------------------------------------------
-
-ROW = {"task", "recipe", "n", "score", "ci_low", "ci_high", "agreement", "flops_ratio"}
-ROW |= {"vision_tokens", "blank"}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    said = [["a dog .", "the dog .", f"picture {i} ."] for i in range(4)]
-    said += [["snow .", "white snow .", f"picture {i} ."] for i in range(4)]
-    return miniature.photo_folder(tmp_path / "photos", said)
-
-
-@pytest.fixture
-def run(
-    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """``python -m foveate.evaluate …`` with the small model: exit status, stdout, stderr."""
-    known = loading.model
-    given = lambda name, **more: pair if name == "pinhole" else known(name, **more)  # noqa: E731
-    monkeypatch.setattr(loading, "model", given)
-
-    def main(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foveate.evaluate", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            evaluate.main()
-        said = capsys.readouterr()
-        return int(stopped.value.code or 0), said.out, said.err
-
-    return main
-
-
-def test_the_file_for_other_programs(
-    run: Callable[..., tuple[int, str, str]], pair: tuple[Any, Any], folder: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "rows.json"
-    names = "flickr8k-yesno, flickr8k-choice"
-    more = ("--data", folder, "--limit", 6, "--batch", 4, "--blank", "--json", file)
-    status, out, _ = run("--task", names, *more)
-    assert status == 0
-    result = json.loads(file.read_text())
-    assert result["model"] == "pinhole" and {"device", "dtype"} <= set(result)
-    rows = result["rows"]
-    assert [(r["task"], r["blank"]) for r in rows] == [
-        (name, hidden) for name in names.split(", ") for hidden in (False, True)
-    ]
-    assert all(set(r) >= ROW for r in rows)
-    assert all(r["recipe"] == "dense" and r["agreement"] == r["flops_ratio"] == 1.0 for r in rows)
-    assert all(r["vision_tokens"] == 16 and r["n"] == 6 for r in rows)
-    alone = evaluate.evaluate(*pair, task("flickr8k-choice", data=folder, limit=6))
-    assert rows[2]["score"] == alone.score and rows[2]["ci_high"] == alone.ci_high
-    assert f"| flickr8k-choice | 6 | {alone.score:.1%} |" in out
-
-
-def test_rows_are_written_as_they_come(
-    run: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
-) -> None:
-    """The second task fails; what the first gave is in the file."""
-    lines = (folder / "validation.jsonl").read_text().replace("validation-7.jpg", "gone.jpg")
-    (folder / "validation.jsonl").write_text(lines)
-    file = tmp_path / "rows.json"
-    names = "scenes-words,flickr8k-choice"
-    status, _, err = run("--task", names, "--data", folder, "--limit", 8, "--json", file)
-    assert status == 2 and "holds no gone.jpg" in err
-    assert [r["task"] for r in json.loads(file.read_text())["rows"]] == ["scenes-words"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--task", "easy-vqa"], "did you mean 'easyvqa'"),
-        (["--task", ","], "names no task"),
-        (["--task", "flickr8k-yesno", "--data", "absent"], "--data DIR --split S"),
-        (["--split", "val"], "train, validation, test"),
-        (["--model", "pinhol"], "pinhole"),
-        (["--model", "shape:llava-1.5-7b"], "random weights"),
-        (["--model", "absent/", "--limit", "1"], "local folder"),
-        (["--device", "abacus", "--model", "./x"], "abacus"),
-        (["--dtype", "float8", "--model", "./x"], "float32"),
-        (["--json", "absent/rows.json"], "does not exist"),
-        (["--limit", "0"], "--limit"),
-        (["--batch", "x"], "--batch"),
-        (["--recipes"], "--recipes"),
-    ],
-)
-def test_bad_input_is_one_message(
-    run: Callable[..., tuple[int, str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    words: list[str],
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    status, out, err = run(*words)
-    assert status == 2 and out == ""
-    assert message in err and "Traceback" not in err
-
-
-def test_without_typer(
-    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "typer", None)
-    status, _, err = run()
-    assert status == 2 and "pip install 'foveate[eval]'" in err
-
-
-def test_measure_gives_one_row_a_task(pair: tuple[Any, Any]) -> None:
-    seen: list[tuple[str, int]] = []
-    rows = list(measure(*pair, [asked(3)], blank=True, advance=lambda *a: seen.append(a)))
-    assert [r["blank"] for r in rows] == [False, True] and seen[0] == ("listed", 3)
-    assert "answers" not in rows[0]

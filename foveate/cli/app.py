@@ -331,7 +331,9 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder with SPLIT.tar and SPLIT.jsonl.")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Such as train, validation.")] = "validation",
+    split: Annotated[
+        str, typer.Option("--split", help="Such as train, validation.")
+    ] = "validation",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -354,7 +356,7 @@ def evaluate(
     for part in _shares(keep):
         more = _recipes(recipe or [], part)
         made |= {_label(name, part): one for name, one in more.items()}
-    loaded, processor = _load(model, dtype, device, threads)
+    loaded, processor = _load(model, dtype, device, threads, made)
     result = about(loaded, model) | {"split": split, "seed": seed, "rows": [], "notes": []}
     asked = {k: result[k] for k in ("model", "dtype", "split", "seed", "versions")}
     journal = leaf.Journal(

@@ -1,7 +1,7 @@
 """Making trained weights the released pinhole: scores into the file's header and into the docs.
 
     python -m foveate.pinhole.release runs/pinhole/weights.safetensors
-    python -m foveate.evaluate --task easyvqa,… --blank --json scores.json
+    foveate eval --task easyvqa,… --blank --json scores.json
     python -m foveate.pinhole.release runs/pinhole/weights.safetensors scores.json
 
 The first line puts the weights beside this file, so that ``pinhole.load`` and the second line use
@@ -11,12 +11,12 @@ them; the third adds what was measured.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from foveate.evaluate import table
 from foveate.pinhole import weights
 from foveate.pinhole.train import write_weights
 
@@ -58,13 +58,28 @@ def written(card: Path, measured: dict[str, Any]) -> str:
     return f"{before}{START}\n{said}\n{STOP}{after}"
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The untouched model's rows in markdown: one line a task, blanked images beside it."""
+    lines = ["| task | n | score | 95 % interval | images blanked |", "|---|--:|--:|---|--:|"]
+    blanked = {row["task"]: row["score"] for row in rows if row["blank"]}
+    for row in rows:
+        if row["recipe"] == "dense" and not row["blank"]:
+            beside = blanked.get(row["task"])
+            lines.append(
+                f"| {row['task']} | {row['n']} | {row['score']:.1%} "
+                f"| {row['ci_low']:.1%} – {row['ci_high']:.1%} "
+                f"| {'–' if beside is None else f'{beside:.1%}'} |"
+            )
+    return "\n".join(lines)
+
+
 def _short(row: dict[str, Any]) -> dict[str, Any]:
     return {k: round(row[k], 4) if isinstance(row[k], float) else row[k] for k in KEPT}
 
 
 def main(
     trained: Annotated[Path, typer.Argument(help="weights.safetensors of a training run")],
-    scores: Annotated[Path | None, typer.Argument(help="JSON of foveate.evaluate")] = None,
+    scores: Annotated[Path | None, typer.Argument(help="JSON of foveate eval")] = None,
     card: Annotated[Path, typer.Option(help="the model card")] = Path("docs/pinhole.md"),
 ) -> None:
     """Put trained weights into the package, with their scores when they are given."""

@@ -321,34 +321,6 @@ def write_weights(tensors: weights.State, file: Path, about: dict[str, str]) -> 
     temporary.replace(file)
 
 
-def final_evaluation(out: Path, data: Path | None, device: str, limit: int, batch: int) -> None:
-    """Every task on the merged model, as a user would load it: ``OUT/evaluation.json``."""
-    from safetensors.torch import load_file
-
-    from foveate.evaluate import evaluate
-    from foveate.tasks import names
-
-    state, config, _ = assembly.base(_folder(out / "parts"))
-    merged = weights.merge(state, load_file(out / "weights.safetensors"))
-    merged["lm_head.weight"] = merged["model.language_model.embed_tokens.weight"]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    merged = {k: v.to(torch.bfloat16).to(dtype) for k, v in merged.items()}
-    model = assembly.skeleton(config, merged).to(torch.device(device))  # type: ignore[arg-type]
-    processor = assembly.read_processor(out / "processor")
-    rows = []
-    for name in names():
-        for blank in (False, True):
-            if blank and name not in ("flickr8k-yesno", "flickr8k-choice", "easyvqa"):
-                continue
-            begun = time.monotonic()
-            one = task(name, data=data, limit=limit)
-            result = evaluate(model, processor, one, batch_size=batch, blank=blank)
-            rows.append({"blank": blank} | result.to_dict())
-            rows[-1]["seconds"] = round(time.monotonic() - begun, 1)
-            print(json.dumps(rows[-1]), flush=True)
-            (out / "evaluation.json").write_text(json.dumps({"rows": rows}, indent=1))
-
-
 def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
     """The run without a GPU; it always goes on where an earlier one in ``out`` stopped."""
     from foveate.pinhole.cached import CachedRun
@@ -460,7 +432,6 @@ def main(
     vision_lr: float = 3e-4,
     rank: Annotated[int, typer.Option(help="rank of the language model's deltas")] = 48,
     seed: int = 0,
-    evaluate: Annotated[int, typer.Option(help="examples per task at the end, 0 for none")] = 1000,
 ) -> None:
     """Train pinhole's projector and low-rank deltas."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -481,20 +452,11 @@ def main(
     )
     if device == "cpu":
         train_cached(settings, out, data)
-        if evaluate:
-            final_evaluation(out, data, device, evaluate, batch_size_for(device))
         return
     trainer = Trainer(settings, out, data, device)
     if resume:
         trainer.resume()
     trainer.run()
-    if evaluate:
-        del trainer
-        final_evaluation(out, data, device, evaluate, batch_size_for(device))
-
-
-def batch_size_for(device: str) -> int:
-    return 128 if device == "cuda" else 8
 
 
 if __name__ == "__main__":
