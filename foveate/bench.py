@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,8 +157,9 @@ def bench(
 ) -> dict[str, Any]:
     """Measure the untouched model and every recipe on one synthetic prompt.
 
-    Rows take turns within each round and the order moves on from round to round, so that a machine
-    that slows down slows all of them. Figures are medians, ``spread`` their quartiles.
+    Rows take turns in rounds, each round in an order of its own (seeded): a machine that slows down
+    slows all of them, and none always follows the same other. Figures are medians, ``spread`` their
+    quartiles.
 
     Args:
         recipes: by the name their row gets.
@@ -187,14 +189,17 @@ class _Bench:
         cases += [_Case(label, made) for label, made in recipes.items()]
         self._total = 1 + len(cases) * (self.settings.warmup + self.settings.repeats)
         vision_flops = self._warm(cases)
-        for turn in range(self.settings.repeats):
-            shift = turn % len(cases)
-            for case in cases[shift:] + cases[:shift]:
-                self._say(case.name)
-                self._measure(case)
-            for rows in self.text_ms:
-                self._say(f"text only, {rows} rows")
-                self.text_ms[rows].append(self._text(rows))
+        draw = random.Random(0)
+        for _ in range(self.settings.repeats):
+            jobs: list[_Case | int] = [*cases, *self.text_ms]
+            draw.shuffle(jobs)
+            for job in jobs:
+                if isinstance(job, int):
+                    self._say(f"text only, {job} rows")
+                    self.text_ms[job].append(self._text(job))
+                else:
+                    self._say(job.name)
+                    self._measure(job)
         rows_out = self._rows(cases)
         return {
             **about(self.model, name),

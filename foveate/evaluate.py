@@ -214,11 +214,11 @@ def baselines(
     baseline keeps the most tokens whose FLOPs are not above that.
     """
     examples = [task.example(i) for i in range(min(_PROBED, len(task)))]
-    dense = _cost(model, processor, examples, None)
+    dense = _costs_of(model, processor, examples, None)
     made: dict[str, Recipe] = {}
     notes: list[str] = []
     for recipe in recipes.values():
-        spent = _cost(model, processor, examples, recipe)[0]
+        spent = sum(flops for flops, _, _ in _costs_of(model, processor, examples, recipe))
         keep = _affordable(model, dense, spent)
         for name in BASELINES:
             label = f"{name}:keep={keep:.4g}"
@@ -226,43 +226,39 @@ def baselines(
                 made[label] = foveate.recipe(name, keep=keep)
     for label in list(made):
         try:
-            _cost(model, processor, examples[:1], made[label])
+            _costs_of(model, processor, examples[:1], made[label])
         except NotImplementedError as error:
             del made[label]
             notes.append(f"{label} is left out: {error}")
     return made, notes
 
 
-def _affordable(model: Any, dense: tuple[float, float, float], spent: float) -> float:
+def _affordable(model: Any, dense: Sequence[tuple[int, int, int]], spent: int) -> float:
     """The share of vision tokens, kept from the entrance on, that costs ``spent`` at most."""
-    _, rows, vision = dense
     shape = text_shape(family(model).text(model))
-    low, high = 1, max(1, round(vision))
-    while low < high:
-        middle = (low + high + 1) // 2
-        length = round(rows - vision + middle)
-        low, high = (
-            (middle, high)
-            if shape.prefill_flops([length] * shape.layers) <= spent
-            else (low, middle - 1)
-        )
-    return low / max(1, round(vision))
+    most = max(vision for _, _, vision in dense)
+
+    def cost(count: int) -> int:
+        lengths = [rows - vision + vision * count // most for _, rows, vision in dense]
+        return sum(shape.prefill_flops([length] * shape.layers) for length in lengths)
+
+    counts = [count for count in range(1, most + 1) if cost(count) <= spent]
+    return max(counts, default=1) / most
 
 
-def _cost(
+def _costs_of(
     model: Any, processor: Any, examples: Sequence[Example], recipe: Recipe | None
-) -> tuple[float, float, float]:
-    """Mean FLOPs, rows and vision tokens of the examples' prompts."""
-    records, rows, vision = [], 0, 0
+) -> list[tuple[int, int, int]]:
+    """(FLOPs, rows, vision tokens) of each example's prompt; the latter two before reducing."""
+    found = []
     for example in examples:
         with ExitStack() as stack:
             report = stack.enter_context(foveate.reduced(model, recipe)) if recipe else None
             said = answer(model, processor, [example], max_new_tokens=1)
-        records.append(_costs(model, report, said)[0])
-        rows += int(said.mask[0].sum())
-        vision += int(vision_rows(model, said.ids)[0].sum())
-    n = len(examples)
-    return sum(flops for _, flops, _ in records) / n, rows / n, vision / n
+        flops = _costs(model, report, said)[0][1]
+        vision = int(vision_rows(model, said.ids)[0].sum())
+        found.append((flops, int(said.mask[0].sum()), vision))
+    return found
 
 
 def _answered(

@@ -213,7 +213,7 @@ def _single(name: str, keep: float | None, knobs: dict[str, Any]) -> Recipe:
 
 
 def _aim(keep: float | None, knobs: dict[str, Any]) -> Recipe:
-    """AIM: merge to `keep` before the LLM, then the PageRank ramp inside it. arXiv 2412.03248
+    """AIM: merge to `keep` before the LLM, then the PageRank ramp inside it. arXiv 2412.03248.
 
     Knobs: ``at="features"`` merges encoder features by key similarity (LLaVA-1.5), ``at="tokens"``
     projected tokens by their own (OneVision video); ``start`` and ``stop`` move the ramp.
@@ -232,7 +232,7 @@ def _aim(keep: float | None, knobs: dict[str, Any]) -> Recipe:
 
 
 def _gsearch(keep: float | None, knobs: dict[str, Any]) -> Recipe:
-    """G-Search's curve for LLaVA-1.5-7B, digitised from the paper's figure 1c. arXiv 2412.00556
+    """G-Search's curve for LLaVA-1.5-7B, digitised from the paper's figure 1c. arXiv 2412.00556.
 
     Read off the pixels of the figure (±0.003); its last layer is not drawn and repeats the one
     before. Other depths are interpolated, which the paper did not test.

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-import foveate.ops
-import foveate.reducers
 from foveate.ops.outliers import outlier_count
 from foveate.reducer import Reduction, Tokens, discover, reducer
 from foveate.reducers.downsample import Downsample
@@ -197,22 +193,6 @@ def test_attention_that_was_not_observed(method: str) -> None:
 def test_knobs_are_checked(method: str, knob: str, value: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         reducer(method, **{knob: value})
-
-
-def test_arrows_point_one_way() -> None:
-    """Methods and operations import torch, each other and the contract; nothing else of ours."""
-    allowed = ("foveate.reducer", "foveate.ops", "torch")
-    standard = ("__future__", "collections", "dataclasses", "math", "typing")
-    for package in (foveate.ops, foveate.reducers):
-        for file in Path(package.__path__[0]).glob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                names += (
-                    [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                )
-                for name in names:
-                    roots = (name, name.rpartition(".")[0], name.partition(".")[0])
-                    assert any(r in allowed + standard for r in roots), f"{file.name}: {name}"
 
 
 # --- PruMerge -------------------------------------------------------------------------------------

@@ -188,8 +188,9 @@ def test_filling_is_repeatable_and_leaves_nothing_constant() -> None:
 @pytest.mark.heavy
 @torch.no_grad()
 def test_a_published_shape_runs_in_bfloat16() -> None:
-    model = shapes.build("internvl3-1b:layers=2")
-    out = model(**shapes.inputs(model, Prompt()), output_hidden_states=True, logits_to_keep=1)
+    model = shapes.build("qwen2.5-vl-3b:layers=2")
+    prompt = shapes.inputs(model, Prompt(image_size=(112, 112)))
+    out = model(**prompt, output_hidden_states=True, logits_to_keep=1)
     assert all(bool(hidden.isfinite().all()) for hidden in (*out.hidden_states, out.logits))
     assert 0.01 < float(out.hidden_states[-1].float().std()) < 100
 

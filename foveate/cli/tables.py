@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,17 +20,12 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def answers(rows: Sequence[Row], title: str = "") -> RenderableType:
-    """Answers side by side with what they cost; rows of several questions get a line each."""
+    """Answers side by side with what they cost; vision tokens are the mean over layers."""
     table = _table(title)
-    table.add_column("recipe", no_wrap=True)
+    table.box = box.SIMPLE_HEAD  # 80 characters leave no room for lines
+    table.add_column("recipe", overflow="fold", min_width=11)
     table.add_column("answer", ratio=1, min_width=18)
-    for name in (
-        "vision tokens\nin → out (mean)",
-        "GFLOPs",
-        "prefill\nms",
-        "reducing\nms",
-        "KV MiB",
-    ):
+    for name in ("vision\ntokens", "GFLOPs", "prefill\nms", "KV\nMiB"):
         table.add_column(name, justify="right", no_wrap=True)
     asked: tuple[Any, Any] | None = None
     dense: Row = rows[0]
@@ -50,13 +46,9 @@ def _answer(row: Row, dense: Row) -> Iterable[RenderableType]:
     same = row["answer"] == dense["answer"]
     yield Text(row["recipe"], "cyan")
     yield Text(" ".join(row["answer"].split()), "" if same else "yellow")
-    yield (
-        f"{row['vision_tokens_entrance']} → {row['vision_tokens_last']} "
-        f"({row['vision_tokens']:.0f})"
-    )
+    yield f"{row['vision_tokens']:.0f}"
     yield f"{row['flops'] / 1e9:.0f}" + (f" ({fewer:.1f}×)" if row is not dense else "")
     yield f"{row['prefill_ms']:.0f}"
-    yield f"{row['reduce_ms']:.1f}"
     yield f"{row['kv_bytes'] / 2**20:.1f}"
 
 

@@ -63,7 +63,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| task | n | score | 95 % interval | images blanked |", "|---|--:|--:|---|--:|"]
     blanked = {row["task"]: row["score"] for row in rows if row["blank"]}
     for row in rows:
-        if row["recipe"] == "dense" and not row["blank"]:
+        if row.get("recipe", "dense") == "dense" and not row["blank"]:
             beside = blanked.get(row["task"])
             lines.append(
                 f"| {row['task']} | {row['n']} | {row['score']:.1%} "
