@@ -1,0 +1,1 @@
+"""Search: a budget or a tolerance in, a recipe out."""

@@ -1,0 +1,115 @@
+"""Search: probes from the middle equal whole runs, and searches find what is known to be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import foveate
+from foveate.recipe import Recipe
+from foveate.schedule import Schedule
+from foveate.search.prefix import Batch, Runner, Shelf
+
+LENGTHS = (3, 1)  # of the answers
+CURVE = (1.0, 0.8, 0.8, 0.5, 0.3, 0.1)
+
+
+def batch_of(family: tiny.Family, images: list[int]) -> Batch:
+    """A padded batch with answers of different lengths."""
+    inputs = tiny.prompt(family, images)
+    width = max(LENGTHS)
+    draw = torch.Generator().manual_seed(7)
+    answer = torch.randint(3, 80, (len(images), width), generator=draw)
+    for row, length in zip(answer, LENGTHS, strict=False):
+        row[length:] = -100
+    ids = torch.cat([inputs["input_ids"], answer.clamp(min=0)], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1)
+    inputs |= {"input_ids": ids, "attention_mask": mask}
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = (ids == tiny.IMAGE).int()
+    return Batch(inputs, answer)
+
+
+@torch.no_grad()
+def in_use(model: Any, batch: Batch, recipe: Recipe) -> torch.Tensor:
+    """Logits where the answers stand, by prefill of the prompts and decoding token by token."""
+    width = batch.answer.shape[1]
+    prompt = {k: v[:, :-width] if k in TWO_D else v for k, v in batch.inputs.items()}
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    steps = []
+    with foveate.reduced(model, recipe):
+        prepared = model.prepare_inputs_for_generation(
+            prompt["input_ids"], **{k: v for k, v in prompt.items() if k != "input_ids"},
+            use_cache=True, is_first_iteration=True,
+        )
+        out = model(**prepared)
+        steps.append(out.logits[:, -1])
+        for at in range(ids.shape[1] - width, ids.shape[1] - 1):
+            out = model(
+                input_ids=ids[:, at : at + 1],
+                attention_mask=mask[:, : at + 1],
+                past_key_values=out.past_key_values,
+            )
+            steps.append(out.logits[:, -1])
+    return torch.stack(steps, 1)
+
+
+TWO_D = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+@pytest.mark.parametrize("method", ["attention", "fastv", "pagerank", "pool"])
+@pytest.mark.parametrize("family", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
+def test_a_walk_gives_what_prefill_and_decoding_give(family: tiny.Family, method: str) -> None:
+    model, batch = family.build(), batch_of(family, [1, 1])
+    runner = Runner(model)
+    state, _ = runner.start(batch)
+    recipe = runner.recipe(CURVE, foveate.reducer(method))
+    walked = runner.logits(runner.run(state, recipe).hidden, batch)
+    used = in_use(model, batch, recipe)
+    real = batch.answer >= 0
+    torch.testing.assert_close(walked[real], used[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("entrance", ["prumerge", "aim-merge", "random"])
+def test_with_an_entrance_too(entrance: str) -> None:
+    family = tiny.FAMILIES["llava"]
+    model, batch = family.build(), batch_of(family, [1, 1])
+    runner = Runner(model, foveate.reducer(entrance), keep=0.5)
+    state, _ = runner.start(batch)
+    recipe = runner.recipe([0.5, 0.5, 0.4, 0.4, 0.2, 0.2], foveate.reducer("attention"))
+    walked = runner.logits(runner.run(state, recipe).hidden, batch)
+    real = batch.answer >= 0
+    torch.testing.assert_close(walked[real], in_use(model, batch, recipe)[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_going_on_from_the_middle_is_going_on(stop: int) -> None:
+    family = tiny.FAMILIES["llava-onevision"]
+    model, batch = family.build(), batch_of(family, [1, 2])
+    runner, method = Runner(model), foveate.reducer("attention")
+    state, _ = runner.start(batch)
+    before, tail = CURVE[:stop], min(CURVE[stop], 0.2)
+    whole = runner.run(state, runner.recipe([*before, *[tail] * (6 - stop)], method))
+    kept = runner.run(state, runner.recipe([*before, *[0.0] * (6 - stop)], method), stop)
+    shelf = Shelf(limit=0)  # through a file
+    shelf.put(kept)
+    (again,) = shelf
+    spent = runner.flops
+    resumed = runner.run(again, runner.recipe([*before, *[tail] * (6 - stop)], method))
+    torch.testing.assert_close(resumed.hidden, whole.hidden, rtol=1e-5, atol=1e-5)
+    assert runner.flops - spent < spent * (6 - stop) / 6, "layers below were run again"
+
+
+def test_nothing_cut_is_the_untouched_model() -> None:
+    family = tiny.FAMILIES["llava"]
+    model, batch = family.build(), batch_of(family, [1, 1])
+    runner = Runner(model)
+    state, last = runner.start(batch)
+    flat = runner.recipe([1.0] * 6, None)
+    assert torch.equal(runner.run(state, flat).hidden, last)
+    dense = model(**batch.inputs).logits[:, -4:-1]
+    torch.testing.assert_close(runner.logits(last, batch), dense)
+    assert Schedule(alive=(1.0,) * 6).cuts() == ()
