@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from foveate.ask import chat
 from foveate.tasks import Example
 
 MAX_NEW_TOKENS = 12
@@ -48,7 +49,8 @@ def answer(
     """
     if any(e.choices for e in examples):
         return _choose(model, processor, examples, likelihood)
-    inputs = _inputs(model, processor, examples, [_prompt(processor, e) for e in examples])
+    texts = [chat(processor, e.question) for e in examples]
+    inputs = _inputs(model, processor, examples, texts)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     said = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -59,7 +61,7 @@ def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood:
     """The likeliest choice of each example, all of them in one forward."""
     pairs = [(e, c) for e in examples for c in e.choices]
     end = processor.tokenizer.eos_token or ""
-    prompts = [_prompt(processor, e) for e, _ in pairs]
+    prompts = [chat(processor, e.question) for e, _ in pairs]
     texts = [p + c + end for p, (_, c) in zip(prompts, pairs, strict=True)]
     lengths = [
         len(whole) - len(start)
@@ -80,13 +82,6 @@ def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood:
         rows.append(at)
         at += len(e.choices)
     return Answers(chosen, inputs["input_ids"], inputs["attention_mask"], rows)
-
-
-def _prompt(processor: Any, example: Example) -> str:
-    """The text of a single-turn chat, up to where the answer begins."""
-    content = [{"type": "image"}, {"type": "text", "text": example.question}]
-    chat = [{"role": "user", "content": content}]
-    return cast(str, processor.apply_chat_template(chat, add_generation_prompt=True))
 
 
 def _ids(processor: Any, texts: list[str]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -19,12 +19,11 @@ from typing import Any
 from PIL import Image
 
 import foveate
-from foveate.adapter import family, text_shape
-from foveate.answer import Answers, answer
-from foveate.ask import vision_rows
+from foveate.adapter import family, text_shape, vision_rows
+from foveate.answer import answer
+from foveate.ask import costs
 from foveate.bench import DENSE, Stopwatch
 from foveate.recipe import Recipe
-from foveate.report import Report
 from foveate.statistics import difference, interval, mcnemar
 from foveate.tasks import Example, Task
 
@@ -156,12 +155,12 @@ def evaluate(
                 f"{task.name} finds nothing to ask here; give it more photos or another --split."
             )
         seen = journal.of(task.name)
-        for span, examples in _batches(task, batch_size):
-            for case in cases:
-                todo = [i for i in span if i not in seen.get(case.key, ())]
-                if todo:
-                    chosen = [examples[i - span.start] for i in todo]
-                    journal.add(_answered(model, processor, task, case, todo, chosen))
+        spans = [range(s, min(s + batch_size, len(task))) for s in range(0, len(task), batch_size)]
+        left = [[[i for i in s if i not in seen.get(c.key, ())] for c in cases] for s in spans]
+        for span, todo, examples in zip(spans, left, _made(task, left), strict=True):
+            for case, indices in zip(cases, todo, strict=True):
+                if indices:
+                    journal.add(_answered(model, processor, task, case, indices, examples))
                 if advance:
                     advance(task.name, len(span))
         rows += summary(journal.of(task.name), cases, len(task))
@@ -255,7 +254,7 @@ def _costs_of(
         with ExitStack() as stack:
             report = stack.enter_context(foveate.reduced(model, recipe)) if recipe else None
             said = answer(model, processor, [example], max_new_tokens=1)
-        flops = _costs(model, report, said)[0][1]
+        flops = costs(model, report, said.ids, said.mask)[0]["flops"]
         vision = int(vision_rows(model, said.ids)[0].sum())
         found.append((flops, int(said.mask[0].sum()), vision))
     return found
@@ -267,15 +266,16 @@ def _answered(
     task: Task,
     case: Case,
     indices: Sequence[int],
-    examples: Sequence[Example],
+    made: Mapping[int, Example],
 ) -> list[Record]:
     """One batch under one case."""
+    examples = [made[i] for i in indices]
     given = [_blanked(e) for e in examples] if case.blank else examples
     watch = Stopwatch(model)
     with watch.around(case.recipe) as report:
         said = answer(model, processor, given)
         prefill_ms = watch.forwards()[0].prefill_ms / len(said.ids)
-    costs = _costs(model, report, said)
+    spent, dense = (costs(model, r, said.ids, said.mask) for r in (report, None))
     return [
         Record(
             task=task.name,
@@ -286,45 +286,28 @@ def _answered(
             kind=example.meta.get("kind", ""),
             answer=text,
             score=task.score(example, text),
-            vision_tokens=tokens,
-            flops=flops,
-            dense_flops=dense_flops,
+            vision_tokens=spent[b]["vision_tokens"],
+            flops=spent[b]["flops"],
+            dense_flops=dense[b]["flops"],
             prefill_ms=prefill_ms,
         )
-        for index, example, text, (tokens, flops, dense_flops) in zip(
-            indices, examples, said.texts, costs, strict=True
-        )
+        for index, example, text, b in zip(indices, examples, said.texts, said.rows, strict=True)
     ]
-
-
-def _costs(model: Any, report: Report | None, said: Answers) -> list[tuple[float, int, int]]:
-    """(mean vision tokens, FLOPs, FLOPs untouched) of each example's prompt."""
-    shape = text_shape(family(model).text(model))
-    lengths, vision = said.mask.sum(-1).tolist(), vision_rows(model, said.ids).sum(-1).tolist()
-    found = []
-    for b in said.rows:
-        rows, alive = [lengths[b]] * shape.layers, [vision[b]] * shape.layers
-        dense = shape.prefill_flops(rows)
-        if report is not None and report.rows:
-            rows = [layer[b] for layer in report.rows]
-            alive = [layer[b] for layer in report.alive]
-        found.append((sum(alive) / shape.layers, shape.prefill_flops(rows), dense))
-    return found
 
 
 def _blanked(example: Example) -> Example:
     return replace(example, image=Image.new("RGB", example.image.size, BLANK))
 
 
-def _batches(task: Task, size: int) -> Iterator[tuple[range, list[Example]]]:
-    """Examples in batches, the next ones made ready while the model works."""
-    spans = [range(s, min(s + size, len(task))) for s in range(0, len(task), size)]
+def _made(task: Task, batches: Sequence[Sequence[Sequence[int]]]) -> Iterator[dict[int, Example]]:
+    """The examples of each batch by index, the next ones made ready while the model works."""
+    needed = [sorted({i for part in batch for i in part}) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(task.example, i) for i in spans[0]]
-        for span, after in zip(spans, (*spans[1:], range(0)), strict=True):
-            coming = [pool.submit(task.example, i) for i in after]
-            yield span, [f.result() for f in waiting]
-            waiting = coming
+        coming: dict[int, Future[Example]] = {}
+        for batch, after in zip(needed, (*needed[1:], ()), strict=True):
+            waiting = coming or {i: pool.submit(task.example, i) for i in batch}
+            coming = {i: pool.submit(task.example, i) for i in after}
+            yield {i: made.result() for i, made in waiting.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

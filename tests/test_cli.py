@@ -25,7 +25,8 @@ from typer.testing import CliRunner, Result
 
 import foveate
 from foveate import catalogue, cli, demo, loading, trace
-from foveate.ask import prepare, vision_rows
+from foveate.adapter import vision_rows
+from foveate.ask import prepare
 from foveate.cli.app import app
 from foveate.recipe import PRESETS
 from foveate.reducer import discover

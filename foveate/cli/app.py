@@ -235,7 +235,8 @@ def trace(
     json_file: Json = None,
 ) -> None:
     """Draw which patches survive, layer by layer."""
-    from foveate.ask import answers, prepare, vision_rows
+    from foveate.adapter import vision_rows
+    from foveate.ask import answers, prepare
     from foveate.trace import draw, layers_worth_drawing, panel, ready
 
     opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
