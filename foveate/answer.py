@@ -12,8 +12,6 @@ from torch import Tensor
 from foveate.ask import chat
 from foveate.tasks import Example
 
-MAX_NEW_TOKENS = 12
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -39,20 +37,22 @@ def answer(
     examples: Sequence[Example],
     *,
     likelihood: str = "mean",
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
 ) -> Answers:
-    """Answer every example, all in one batch.
+    """Answer every example, all in one batch; either all have choices or none has.
 
     Args:
         likelihood: whether choices are compared by the ``mean`` or the ``sum`` of their tokens'
             log-probabilities.
+        max_new_tokens: None means what the examples say.
     """
     if any(e.choices for e in examples):
         return _choose(model, processor, examples, likelihood)
     texts = [chat(processor, e.question) for e in examples]
     inputs = _inputs(model, processor, examples, texts)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    longest = max_new_tokens or max(e.new_tokens for e in examples)
+    out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
     said = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return Answers([text.strip() for text in said], ids, mask, list(range(len(examples))))
 
