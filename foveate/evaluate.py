@@ -1,7 +1,7 @@
 """Accuracy and its cost: the untouched model and any number of recipes, on the same examples.
 
-Every answer is a line in a journal, so a run that was stopped goes on where it was; rows are made
-of the lines alone. Recipes take turns batch by batch, which makes their times comparable.
+Every answer is a record in a journal, and rows are made of the records alone. Recipes take turns
+batch by batch, in a new order each time, which makes their times comparable.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -24,35 +23,14 @@ from foveate.adapter import family, text_shape, vision_rows
 from foveate.answer import answer
 from foveate.ask import costs
 from foveate.bench import DENSE, Stopwatch
+from foveate.journal import Journal, Key, Record
 from foveate.recipe import Recipe
 from foveate.statistics import difference, interval, mcnemar
 from foveate.tasks import Example, Task
 
 BLANK = (124, 116, 104)  # the mean colour of photos
 BASELINES = ("random", "pool", "downsample")
-Key = tuple[str, str, bool]
 _PROBED = 16  # examples that tell what a recipe costs
-
-
-@dataclass(frozen=True)
-class Record:
-    """One answer and what its prompt cost.
-
-    ``made`` tells recipes of one name apart; ``vision_tokens`` is the mean over layers.
-    """
-
-    task: str
-    recipe: str
-    made: str
-    blank: bool
-    index: int
-    kind: str
-    answer: str
-    score: float
-    vision_tokens: float
-    flops: int
-    dense_flops: int
-    prefill_ms: float
 
 
 @dataclass(frozen=True)
@@ -81,78 +59,6 @@ class Cost:
     vision: int
 
 
-@dataclass
-class Journal:
-    """Records, and the file that keeps them.
-
-    Attributes:
-        file: lines of JSON, a record or a fact each, after a first line that says what was asked;
-            None keeps them in memory.
-        asked: what decides the answers besides recipe and task, such as model, split and seed.
-        facts: what else was found out once.
-    """
-
-    file: Path | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a file that another command wrote, or a damaged one."""
-        if self.file is None:
-            return
-        head = json.dumps(dict(self.asked), sort_keys=True)
-        text = self.file.read_text() if self.file.is_file() else ""
-        first, *lines = text.split("\n")
-        if text and first != head:
-            raise ValueError(
-                f"{self.file} holds the answers of another command:\n  there {first}\n  now   "
-                f"{head}\nGive another --json, or delete the file to begin anew."
-            )
-        whole = lines[:-1]  # what follows the last line break was cut off
-        for number, line in enumerate(whole, 2):
-            self._read(line, number)
-        if not text.endswith("\n"):
-            self.file.write_text("\n".join((head, *whole, "")))
-
-    def _read(self, line: str, number: int) -> None:
-        try:
-            said = json.loads(line)
-            if "fact" in said:
-                self.facts[said["fact"]] = said["value"]
-            else:
-                self.records.append(Record(**said))
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"{self.file}, line {number} is no answer that this version wrote: {line[:80]}\n"
-                "Give another --json, or delete the file to begin anew."
-            ) from None
-
-    def add(self, records: Sequence[Record]) -> None:
-        self.records += records
-        self._append(asdict(r) for r in records)
-
-    def once(self, fact: str, find: Callable[[], Any]) -> Any:
-        """What ``find`` found, JSON, the first time that it was asked for."""
-        if fact not in self.facts:
-            self.facts[fact] = find()
-            self._append([{"fact": fact, "value": self.facts[fact]}])
-        return self.facts[fact]
-
-    def of(self, task: str) -> dict[Key, dict[int, Record]]:
-        """The records of a task, by case and example."""
-        found: dict[Key, dict[int, Record]] = {}
-        for r in self.records:
-            if r.task == task:
-                found.setdefault((r.recipe, r.made, r.blank), {})[r.index] = r
-        return found
-
-    def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        if self.file is not None:
-            with self.file.open("a") as out:
-                out.writelines(json.dumps(line) + "\n" for line in lines)
-
-
 @dataclass(frozen=True)
 class Batch:
     """Examples that go through the model together, and which of them each case lacks."""
@@ -172,7 +78,7 @@ def ready(tasks: Sequence[Task]) -> None:
         ValueError: for a task without examples, or two of one name.
         ImportError: for an absent package, with the line to type.
     """
-    interval([1.0])
+    interval([1.0])  # the row's statistics need a package, too
     names = [task.name for task in tasks]
     for task in tasks:
         if names.count(task.name) > 1:
@@ -333,23 +239,25 @@ def _baselines(
     examples = [task.example(i) for task in tasks for i in range(min(each, len(task)))]
     dense = _costs_of(model, processor, examples, None)
     found = {n: _costs_of(model, processor, examples, r) for n, r in recipes.items()}
-    known = {(_plain(recipes[name]), costs[0].flops) for name, costs in found.items()}
+    known = {(_plain(recipes[name]), spent[0].flops) for name, spent in found.items()}
     made: dict[str, Any] = {}
-    notes: list[str] = []
+    notes: dict[str, str] = {}
     for label, recipe in _equal(model, dense, found.values()).items():
+        name = _plain(recipe)
         try:
             (cost,) = _costs_of(model, processor, examples[:1], recipe)
         except NotImplementedError as error:
-            notes.append(f"{label} is left out: {error}")
+            notes[name] = f"{name} is left out: {error}"
             continue
-        if label not in recipes and (_plain(recipe), cost.flops) not in known:
+        if (name, cost.flops) not in known:
+            known.add((name, cost.flops))
             made[label] = recipe.to_dict()
-    return {"recipes": made, "notes": notes}
+    return {"recipes": made, "notes": list(notes.values())}
 
 
 def _equal(model: Any, dense: Sequence[Cost], found: Iterable[Sequence[Cost]]) -> dict[str, Recipe]:
     """Every plain method at the FLOPs of each recipe."""
-    keeps = [_affordable(model, dense, sum(cost.flops for cost in costs)) for costs in found]
+    keeps = [_affordable(model, dense, sum(cost.flops for cost in spent)) for spent in found]
     return {
         f"{name}:keep={keep:.4g}": foveate.recipe(name, keep=keep)
         for keep in keeps

@@ -16,7 +16,8 @@ from PIL import Image
 
 import foveate
 from foveate.answer import answer
-from foveate.evaluate import BLANK, Journal, baselines, evaluate
+from foveate.evaluate import BLANK, baselines, evaluate
+from foveate.journal import Journal
 from foveate.statistics import difference, interval, mcnemar
 from foveate.tasks import Example
 from foveate.tasks.example import matches

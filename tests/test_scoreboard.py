@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foveate.markers import Block
-from foveate.scoreboard import differs, lines, markdown
+from foveate.scoreboard import BLOCK, differs, lines, markdown
 
 
 def row(task: str, recipe: str, n: int, **more: Any) -> dict[str, Any]:
@@ -75,6 +75,10 @@ def test_markdown_says_all_of_it() -> None:
     assert "(seed 7); begun 2026-01-02; torch 2.13. Made by `foveate eval --task easy,cap" in said
     assert "McNemar's exact test (for captions the paired bootstrap's interval)" in said
     assert all(len(line) <= 120 for line in about)
+
+
+def test_the_readme_has_a_place_for_the_table() -> None:
+    BLOCK.check(Path(__file__).parents[1] / "README.md")
 
 
 def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:

@@ -371,6 +371,7 @@ def evaluate(
     from foveate import evaluate as leaf
     from foveate import scoreboard
     from foveate.bench import about
+    from foveate.journal import Journal
 
     made = _budgeted(recipe or [], keep)
     _no_shape(model, "eval")
@@ -381,7 +382,7 @@ def evaluate(
     leaf.ready(tasks)
     loaded, processor = _load(model, dtype, device, threads, made)
     asked = about(loaded, model) | {"split": split, "seed": seed}
-    journal = leaf.Journal(
+    journal = Journal(
         json_file and json_file.with_name(json_file.name + ".answers"),
         asked | {"data": str(data or ""), "files": _digests(named)},
     )
