@@ -12,7 +12,6 @@ Shapes: B samples, L rows of a prompt, A rows of the longest answer.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -94,25 +93,20 @@ class State:
 
 @dataclass
 class Shelf:
-    """States of all batches; in memory up to ``limit`` bytes, in files beyond."""
+    """States of all batches: in memory up to ``limit`` bytes, beyond that in files of ``folder``."""
 
+    folder: Path
     limit: int
     _states: list[State | Path] = field(default_factory=list)
-    _folder: tempfile.TemporaryDirectory[str] | None = None
 
     def put(self, state: State) -> None:
         held = sum(s.bytes for s in self._states if isinstance(s, State))
         if held + state.bytes <= self.limit:
             self._states.append(state)
             return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="foveate-")
-        file = Path(self._folder.name) / f"{len(self._states)}.pt"
+        file = self.folder / f"{len(self._states)}.pt"
         torch.save(state, file)
         self._states.append(file)
-
-    def __len__(self) -> int:
-        return len(self._states)
 
     def __iter__(self) -> Iterator[State]:
         for state in self._states:
@@ -211,7 +205,9 @@ class Runner:
                     hidden = rows.cut(hidden, index)
                 hidden = _first(self.layers[index](hidden, **{**given, **rows.segment}))
                 self.flops += sum(self.shape.layer_flops(n) for n in rows.lengths)
-        return State(stop, hidden, rows, state.given, rows.seen.pop(stop - 1, None))
+        seen = rows.seen.pop(stop - 1, None)
+        rows.report = Report(self.shape)  # what a report remembers of rows cannot go into a file
+        return State(stop, hidden, rows, state.given, seen)
 
     @contextmanager
     def _watching(self, recipe: Recipe, layers: range, seen: dict[int, Seen]) -> Iterator[None]:
