@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 import foveate
 from foveate.recipe import Recipe
 from foveate.schedule import Schedule
+from foveate.search.gsearch import GSearch, bayes, bisect
+from foveate.search.objective import lower
 from foveate.search.prefix import Batch, Runner, Shelf
 
 LENGTHS = (3, 1)  # of the answers
@@ -87,7 +91,9 @@ def test_with_an_entrance_too(entrance: str) -> None:
     recipe = runner.recipe([0.5, 0.5, 0.4, 0.4, 0.2, 0.2], foveate.reducer("attention"))
     walked = runner.logits(runner.run(state, recipe).hidden, batch)
     real = batch.answer >= 0
-    torch.testing.assert_close(walked[real], in_use(model, batch, recipe)[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        walked[real], in_use(model, batch, recipe)[real], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
@@ -118,3 +124,61 @@ def test_nothing_cut_is_the_untouched_model() -> None:
     dense = model(**batch.inputs).logits[:, -4:-1]
     torch.testing.assert_close(runner.logits(last, batch), dense)
     assert Schedule(alive=(1.0,) * 6).cuts() == ()
+
+
+# --- G-Search ----------------------------------------------------------------------------------
+
+
+class Nested:
+    """The paper's assumption: an example is right while layer i keeps its ``least[i]`` tokens."""
+
+    def __init__(self, least: list[float]) -> None:
+        self.least, self.layer, self.asked = least, 0, 0
+        self.dense = [1.0] * 20
+        self.runner = SimpleNamespace(shape=SimpleNamespace(layers=len(least)), keep=1.0)
+
+    def decide(self, alive: list[float], layer: int) -> None:
+        assert layer >= self.layer and alive[layer:] == [alive[layer]] * (len(alive) - layer)
+        self.layer = layer
+
+    def values(self, alive: list[float]) -> list[float]:
+        self.asked += 1
+        enough = all(a >= e for a, e in zip(alive, self.least, strict=True))
+        return [1.0] * (20 if enough else 18) + [0.0] * (0 if enough else 2)
+
+
+LEAST = [1.0, 1.0, 0.75, 0.5, 0.5, 0.46875, 0.125, 0.0625]
+
+
+@pytest.mark.parametrize("optimiser", ["bisect", "bayes"])
+def test_gsearch_finds_the_least_of_every_layer(optimiser: str) -> None:
+    if optimiser == "bayes":
+        pytest.importorskip("optuna")
+    choose = bisect(1 / 32) if optimiser == "bisect" else bayes(1 / 32, trials=14)
+    probe = Nested(LEAST)
+    search = GSearch(probe, max_drop=0.01, choose=choose, step=1 / 32)  # type: ignore[arg-type]
+    curves = list(search.run())
+    assert len(curves) == len(LEAST) - 2
+    if optimiser == "bisect":
+        assert curves[-1] == LEAST
+        assert probe.asked <= 6 * 5
+    else:
+        assert all(c >= e for c, e in zip(curves[-1], LEAST, strict=True))
+        assert sum(curves[-1]) <= sum(LEAST) + 0.2
+    again = Nested(LEAST)
+    more = GSearch(again, 0.01, choose=choose, step=1 / 32, known=search.known)  # type: ignore[arg-type]
+    assert list(more.run()) == curves and again.asked == 0, "what was tried was tried again"
+
+
+def test_a_tolerance_lets_more_go() -> None:
+    strict, loose = Nested(LEAST), Nested(LEAST)
+    (*_, first) = GSearch(strict, 0.05, choose=bisect(1 / 32)).run()  # type: ignore[arg-type]
+    (*_, second) = GSearch(loose, 0.15, 0.5, choose=bisect(1 / 32)).run()  # type: ignore[arg-type]
+    assert first == LEAST and second[2:] == [1 / 32] * 6
+
+
+def test_the_bound_is_the_normal_one() -> None:
+    apart = [0.0, 0.0, -1.0, 0.0, 1.0, 0.0, 0.0, -1.0]
+    assert lower(apart, 0.5) == pytest.approx(-1 / 8)
+    spread = statistics.stdev(apart) / len(apart) ** 0.5
+    assert lower(apart, 0.9) == pytest.approx(-1 / 8 - 1.2816 * spread, abs=1e-4)

@@ -93,7 +93,7 @@ class State:
 
 @dataclass
 class Shelf:
-    """States of all batches: in memory up to ``limit`` bytes, beyond that in files of ``folder``."""
+    """States of all batches: in memory up to ``limit`` bytes, beyond it in files of ``folder``."""
 
     folder: Path
     limit: int
@@ -123,7 +123,9 @@ class Runner:
         flops: of all layers run so far, those of the first forwards included.
     """
 
-    def __init__(self, model: nn.Module, entrance: Reducer | None = None, keep: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, entrance: Reducer | None = None, keep: float = 1.0
+    ) -> None:
         """``entrance`` reduces to ``keep`` before the language model, in every run."""
         self.model, self.entrance, self.keep = model, entrance, keep
         self.text = family(model).text(model)

@@ -1,0 +1,160 @@
+"""What a search is judged by: one value for each example, the higher the better.
+
+``score``
+    the task's own: 1 where greedy decoding would give the example's answer to the letter, or where
+    the right one of its choices is the likeliest.
+``match``
+    1 where greedy decoding would give what the untouched model says; needs no labels.
+``kl``
+    minus the divergence of the next-token distributions from the untouched model's, averaged over
+    what the untouched model says; needs no labels and is much less noisy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.answer import answer
+from foveate.ask import chat
+from foveate.search.prefix import Batch
+from foveate.tasks import Example, Task
+
+KINDS = ("score", "match", "kl")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch, and where its rows come from.
+
+    Attributes:
+        example: of each row, which example of the batch it belongs to.
+        right: of each row, whether it is the right answer (choices have wrong ones as well).
+        dense: log-probabilities of the untouched model where the answers stand, for ``kl``.
+    """
+
+    batch: Batch
+    example: tuple[int, ...]
+    right: tuple[bool, ...]
+    dense: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return max(self.example) + 1
+
+
+class Calibration:
+    """The prompts of a search and their answers, in batches.
+
+    Args:
+        tasks: all their examples are asked.
+        kind: one of ``KINDS``.
+        batch_size: examples at once; each choice is a row of its own.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, tasks: Sequence[Task], kind: str, batch_size: int
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"There is no objective {kind!r}; take one of {', '.join(KINDS)}.")
+        self.model, self.processor, self.kind = model, processor, kind
+        self._tasks, self._size = tasks, batch_size
+        self.count = sum(len(task) for task in tasks)
+        if self.count < 2:
+            raise ValueError(f"{self.count} examples are too few to search with; raise --limit.")
+        self._hash = hashlib.sha256(kind.encode())
+
+    def __iter__(self) -> Iterator[Asked]:
+        """The batches, made anew each time."""
+        self._hash = hashlib.sha256(self.kind.encode())
+        for task in self._tasks:
+            for start in range(0, len(task), self._size):
+                span = range(start, min(start + self._size, len(task)))
+                examples = [task.example(i) for i in span]
+                for example in examples:
+                    self._hash.update(f"{example.question}\0{example.answer}\0".encode())
+                    self._hash.update(example.image.tobytes())
+                yield self._asked(examples)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of questions, answers and pixels, once all batches were made."""
+        return self._hash.hexdigest()[:16]
+
+    def _asked(self, examples: Sequence[Example]) -> Asked:
+        if self.kind != "score":
+            plain = [replace(e, choices=()) for e in examples]
+            said = answer(self.model, self.processor, plain).texts
+            examples = [replace(e, answer=a) for e, a in zip(plain, said, strict=True)]
+        rows = [(n, e, c) for n, e in enumerate(examples) for c in e.choices or (e.answer,)]
+        batch = prompts(self.model, self.processor, [(e, c) for _, e, c in rows])
+        return Asked(batch, tuple(n for n, _, _ in rows), tuple(c == e.answer for _, e, c in rows))
+
+    def values(self, logits: Tensor, asked: Asked) -> list[float]:
+        """The value of each example, from what is predicted where the answers stand (B, A, V)."""
+        real = asked.batch.answer >= 0
+        target = asked.batch.answer.clamp(min=0)
+        logp = logits.log_softmax(-1)
+        if self.kind == "kl":
+            assert asked.dense is not None
+            dense = asked.dense.to(logp)
+            apart = (dense.exp() * (dense - logp)).sum(-1)
+            return [-float(v) for v in _means(apart, real)]
+        if len(asked.example) > asked.size:
+            each = _means(logp.gather(-1, target[..., None])[..., 0], real).tolist()
+            return [_chosen(asked, each, n) for n in range(asked.size)]
+        said = (logits.argmax(-1) == target) | ~real
+        return [float(v) for v in said.all(-1)]
+
+
+def prompts(model: Any, processor: Any, pairs: Sequence[tuple[Example, str]]) -> Batch:
+    """The examples' prompts, padded on the left, and what is to be said, padded on the right."""
+    made = processor(
+        images=[example.image for example, _ in pairs],
+        text=[chat(processor, example.question) for example, _ in pairs],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
+    inputs = dict(made)
+    end = processor.tokenizer.eos_token or ""
+    said = processor.tokenizer([a + end for _, a in pairs], add_special_tokens=False)["input_ids"]
+    answers = torch.full((len(said), max(map(len, said))), -100)
+    for row, ids in zip(answers, said, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    answers = answers.to(inputs["input_ids"].device)
+    more = {"input_ids": answers.clamp(min=0), "attention_mask": torch.ones_like(answers)}
+    whole = inputs["input_ids"].shape
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == whole:
+            tail = more.get(name, torch.zeros_like(answers))
+            inputs[name] = torch.cat([value, tail.to(value.dtype)], 1)
+    return Batch(inputs, answers)
+
+
+def lower(differences: Sequence[float], confidence: float) -> float:
+    """What the mean of paired differences is above, with ``confidence``; 0.5 gives the mean.
+
+    By the normal approximation over examples.
+    """
+    n = len(differences)
+    mean = sum(differences) / n
+    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
+    return mean - NormalDist().inv_cdf(confidence) * math.sqrt(variance / n)
+
+
+def _means(values: Tensor, real: Tensor) -> Tensor:
+    """Means over the real places of each row, (B,)."""
+    return (values * real).sum(-1) / real.sum(-1).clamp(min=1)
+
+
+def _chosen(asked: Asked, each: list[float], example: int) -> float:
+    rows = [r for r, e in enumerate(asked.example) if e == example]
+    return float(asked.right[max(rows, key=lambda r: each[r])])

@@ -1,0 +1,97 @@
+"""Probing schedules on the calibration set, from the layer that a search has come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from foveate.reducer import Reducer
+from foveate.search.objective import Asked, Calibration
+from foveate.search.prefix import Runner, Shelf, State
+
+
+class Probe:
+    """The calibration set, all of it just before one layer.
+
+    Attributes:
+        layer: the layer in question; what lies below is decided and not run again.
+        dense: the untouched model's value of each example.
+        runs: probes so far.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        calibration: Calibration,
+        method: Reducer,
+        folder: Path,
+        *,
+        memory: int = 2 << 30,
+        advance: Callable[[int], object] | None = None,
+    ) -> None:
+        """Runs every prompt once through the untouched model.
+
+        Args:
+            folder: for states that do not fit into ``memory`` (bytes).
+            advance: told how many examples were just run.
+        """
+        self.runner, self.calibration, self.method = runner, calibration, method
+        self._folder, self._memory, self._advance = folder, memory, advance
+        self.layer, self.runs = 0, 0
+        self.dense: list[float] = []
+        self._asked: list[Asked] = []
+        self._shelf = self._new_shelf()
+        plain = Runner(runner.model) if runner.entrance else runner
+        for asked in calibration:
+            state, last = runner.start(asked.batch)
+            if plain is not runner:
+                _, last = plain.start(asked.batch)
+            self._begin(asked, plain.logits(last, asked.batch))
+            self._shelf.put(state)
+            if advance:
+                advance(asked.size)
+        runner.flops += plain.flops if plain is not runner else 0
+        self.dense_flops = plain.flops
+
+    def _begin(self, asked: Asked, logits: torch.Tensor) -> None:
+        """Keep of a batch what judging needs."""
+        if self.calibration.kind == "kl":
+            asked = replace(asked, dense=logits.log_softmax(-1).half())
+        self.dense += self.calibration.values(logits, asked)
+        self._asked.append(replace(asked, batch=replace(asked.batch, inputs={})))
+
+    @property
+    def forwards(self) -> float:
+        """Everything run so far, in forwards of the untouched model over the calibration set."""
+        return self.runner.flops / self.dense_flops
+
+    def values(self, alive: Sequence[float]) -> list[float]:
+        """The value of each example under a schedule that begins as decided."""
+        recipe, found = self.runner.recipe(alive, self.method), []
+        for state, asked in zip(self._shelf, self._asked, strict=True):
+            logits = self.runner.logits(self.runner.run(state, recipe).hidden, asked.batch)
+            found += self.calibration.values(logits, asked)
+            if self._advance:
+                self._advance(asked.size)
+        self.runs += 1
+        return found
+
+    def decide(self, alive: Sequence[float], layer: int) -> None:
+        """Go to just before ``layer``; the schedule below it is ``alive``'s."""
+        rest = [0.0] * (self.runner.shape.layers - layer)  # so that attention there is kept
+        recipe = self.runner.recipe([*alive[:layer], *rest], self.method)
+        further = self._new_shelf()
+        for state in self._shelf:
+            further.put(self._moved(state, recipe, layer))
+        self._shelf, self.layer = further, layer
+
+    def _moved(self, state: State, recipe: object, layer: int) -> State:
+        return self.runner.run(state, recipe, layer)  # type: ignore[arg-type]
+
+    def _new_shelf(self) -> Shelf:
+        folder = self._folder / str(self.layer)
+        folder.mkdir(exist_ok=True)
+        return Shelf(folder, self._memory)
