@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,14 @@ import tiny
 import torch
 
 import foveate
+from foveate.cost import TextShape
 from foveate.recipe import Recipe
 from foveate.schedule import Schedule
+from foveate.search import budget
 from foveate.search.gsearch import GSearch, bayes, bisect
 from foveate.search.objective import lower
 from foveate.search.prefix import Batch, Runner, Shelf
+from foveate.search.psigmoid import PSigmoid, fit
 
 LENGTHS = (3, 1)  # of the answers
 CURVE = (1.0, 0.8, 0.8, 0.5, 0.3, 0.1)
@@ -182,3 +186,82 @@ def test_the_bound_is_the_normal_one() -> None:
     assert lower(apart, 0.5) == pytest.approx(-1 / 8)
     spread = statistics.stdev(apart) / len(apart) ** 0.5
     assert lower(apart, 0.9) == pytest.approx(-1 / 8 - 1.2816 * spread, abs=1e-4)
+
+
+# --- budgets and P-Sigmoid ---------------------------------------------------------------------
+
+SHAPE = TextShape(layers=30, width=64, heads=4, kv_heads=2, head_width=16, mlp=96, vocabulary=100)
+PROMPTS = [(20, 256), (35, 256), (28, 200)]
+
+
+def budgets() -> dict[str, budget.Budget]:
+    line = [(n, 0.5 + 0.01 * n) for n in (20, 100, 300)]
+    dense = budget.share(1.0, SHAPE, PROMPTS).limit
+    return {
+        "share": budget.share(0.2, SHAPE, PROMPTS),
+        "flops": budget.flops(dense / 3, SHAPE, PROMPTS),
+        "tokens": budget.tokens(48, PROMPTS),
+        "ms": budget.milliseconds(40, line, PROMPTS),
+    }
+
+
+@pytest.mark.parametrize("kind", ["share", "flops", "tokens", "ms"])
+@pytest.mark.parametrize("slope", [0.05, 0.22, 1.5])
+def test_a_budget_is_met_to_the_token(kind: str, slope: float) -> None:
+    limit = budgets()[kind]
+    probe = SimpleNamespace(runner=SimpleNamespace(shape=SHAPE, keep=1.0))
+    alive = PSigmoid(probe, limit).curve(slope, 1.0)  # type: ignore[arg-type]
+    assert alive[:2] == (1.0, 1.0) and limit.holds(alive)
+    one_more = [min(1.0, a + 1 / 200) if i >= 2 else a for i, a in enumerate(alive)]
+    assert not limit.holds(one_more), "a token more in every layer would have been allowed"
+
+
+def test_costs_are_those_of_the_formulas() -> None:
+    alive = [1.0] * 10 + [0.5] * 20
+    rows = [[t + (n if b < 10 else n // 2) for b in range(30)] for t, n in PROMPTS]
+    each = [sum(SHAPE.layer_flops(n) for n in mine) for mine in rows]
+    assert budget.flops(1, SHAPE, PROMPTS).cost(alive) == pytest.approx(sum(each) / 3)
+    kept = [n * 10 + n // 2 * 20 for _, n in PROMPTS]
+    assert budget.tokens(1, PROMPTS).cost(alive) == pytest.approx(sum(kept) / 90)
+    line = [(n, 0.5 + 0.01 * n) for n in (20, 100, 300)]
+    exact = sum(0.5 + 0.01 * n for mine in rows for n in mine) / 3
+    assert budget.milliseconds(1, line, PROMPTS).cost(alive) == pytest.approx(exact)
+    whole, none = budget.share(1.0, SHAPE, PROMPTS), budget.share(1e-9, SHAPE, PROMPTS)
+    assert whole.limit == pytest.approx(whole.cost([1.0] * 30))
+    assert none.limit == pytest.approx(none.cost([0.0] * 30))
+
+
+def test_a_budget_below_the_full_layers_is_refused() -> None:
+    probe = SimpleNamespace(runner=SimpleNamespace(shape=SHAPE, keep=1.0))
+    search = PSigmoid(probe, budget.tokens(12, PROMPTS))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cannot be met"):
+        search.curve(0.2, 1.0)
+
+
+def test_a_sigmoid_is_fitted_back() -> None:
+    pytest.importorskip("scipy")
+    drawn = Schedule.sigmoid(slope=0.31, middle=11.0, top=0.8).resolve(30).alive
+    assert fit(drawn) == pytest.approx((0.31, 0.8), rel=1e-3)
+
+
+def test_psigmoid_finds_the_best_slope() -> None:
+    """The objective is known: how near the curve is to one of slope 0.4 and the same budget."""
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    runner = SimpleNamespace(shape=SHAPE, keep=1.0)
+    limit = budget.tokens(64, PROMPTS)
+    best = PSigmoid(SimpleNamespace(runner=runner), limit).curve(0.4, 1.0)  # type: ignore[arg-type]
+
+    def values(alive: Sequence[float]) -> list[float]:
+        return [-abs(a - b) for a, b in zip(alive, best, strict=True)]
+
+    probe = SimpleNamespace(runner=runner, values=values)
+    search = PSigmoid(probe, limit)  # type: ignore[arg-type]
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.GPSampler(seed=0, n_startup_trials=3)
+    )
+    search.begin(study)
+    study.optimize(search.objective, n_trials=12)
+    assert study.trials[0].params["slope"] == pytest.approx(0.222)
+    assert study.best_params["slope"] == pytest.approx(0.4, rel=0.1)
+    assert all(limit.holds(t.user_attrs["alive"]) for t in study.trials)
