@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.answer import answer
+from foveate.answer import answer, tails
 from foveate.ask import chat
 from foveate.search.prefix import Batch
 from foveate.tasks import Example, Task
@@ -124,19 +124,14 @@ def prompts(model: Any, processor: Any, pairs: Sequence[tuple[Example, str]]) ->
         return_tensors="pt",
     ).to(model.device, model.dtype)
     inputs = dict(made)
-    end = processor.tokenizer.eos_token or ""
-    said = processor.tokenizer([a + end for _, a in pairs], add_special_tokens=False)["input_ids"]
-    answers = torch.full((len(said), max(map(len, said))), -100)
-    for row, ids in zip(answers, said, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    answers = answers.to(inputs["input_ids"].device)
-    more = {"input_ids": answers.clamp(min=0), "attention_mask": torch.ones_like(answers)}
+    ids, real = tails(processor, [said for _, said in pairs], inputs["input_ids"].device)
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     whole = inputs["input_ids"].shape
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == whole:
-            tail = more.get(name, torch.zeros_like(answers))
+            tail = more.get(name, torch.zeros_like(ids))
             inputs[name] = torch.cat([value, tail.to(value.dtype)], 1)
-    return Batch(inputs, answers)
+    return Batch(inputs, ids.where(real, -100))
 
 
 def lower(differences: Sequence[float], confidence: float) -> float:
