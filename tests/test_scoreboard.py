@@ -32,12 +32,8 @@ def result() -> dict[str, Any]:
         | {"flops": 500, "vision_tokens": 32.0, "prefill_ms": 20.0},
     ]
     about = {"model": "tiny", "device": "cpu (one)", "dtype": "float32", "threads": 2}
-    about |= {
-        "split": "train",
-        "seed": 7,
-        "date": "2026-01-02",
-        "versions": {"foveate": "not installed", "torch": "2.13"},
-    }
+    about |= {"versions": {"foveate": "not installed", "torch": "2.13"}}
+    about |= {"split": "train", "seed": 7, "date": "2026-01-02"}
     return about | {"command": "foveate eval --task easy,captions", "rows": rows}
 
 
@@ -77,9 +73,7 @@ def test_markdown_says_all_of_it() -> None:
     cells = f"28 | 2.5× fewer | 18 | 40.0 % (40.1–59.9) | {same}"
     assert reduced == f"| `prumerge`, adaptive | {cells} |"
     said = " ".join(about)
-    assert (
-        "tiny on cpu (one), float32, CPU threads: 2; split train, 100 examples of easy" in said
-    )
+    assert "tiny on cpu (one), float32, CPU threads: 2; split train, 100 examples of easy" in said
     assert "(seed 7); begun 2026-01-02; foveate from a checkout, torch 2.13. Made by `fov" in said
     assert "McNemar's exact test (for captions the paired bootstrap's interval)" in said
     assert all(len(line) <= 120 for line in about)
