@@ -9,9 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from foveate.ask import chat
 from foveate.tasks import Example
-
-MAX_NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,22 @@ def answer(
     examples: Sequence[Example],
     *,
     likelihood: str = "mean",
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
 ) -> Answers:
-    """Answer every example, all in one batch.
+    """Answer every example, all in one batch; either all have choices or none has.
 
     Args:
         likelihood: whether choices are compared by the ``mean`` or the ``sum`` of their tokens'
             log-probabilities.
+        max_new_tokens: None means what the examples say.
     """
     if any(e.choices for e in examples):
         return _choose(model, processor, examples, likelihood)
-    inputs = _inputs(model, processor, examples, [_prompt(processor, e) for e in examples])
+    texts = [chat(processor, e.question) for e in examples]
+    inputs = _inputs(model, processor, examples, texts)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    longest = max_new_tokens or max(e.new_tokens for e in examples)
+    out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
     said = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return Answers([text.strip() for text in said], ids, mask, list(range(len(examples))))
 
@@ -59,7 +61,7 @@ def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood:
     """The likeliest choice of each example, all of them in one forward."""
     pairs = [(e, c) for e in examples for c in e.choices]
     end = processor.tokenizer.eos_token or ""
-    prompts = [_prompt(processor, e) for e, _ in pairs]
+    prompts = [chat(processor, e.question) for e, _ in pairs]
     texts = [p + c + end for p, (_, c) in zip(prompts, pairs, strict=True)]
     lengths = [
         len(whole) - len(start)
@@ -80,13 +82,6 @@ def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood:
         rows.append(at)
         at += len(e.choices)
     return Answers(chosen, inputs["input_ids"], inputs["attention_mask"], rows)
-
-
-def _prompt(processor: Any, example: Example) -> str:
-    """The text of a single-turn chat, up to where the answer begins."""
-    content = [{"type": "image"}, {"type": "text", "text": example.question}]
-    chat = [{"role": "user", "content": content}]
-    return cast(str, processor.apply_chat_template(chat, add_generation_prompt=True))
 
 
 def _ids(processor: Any, texts: list[str]) -> list[list[int]]:
