@@ -332,12 +332,14 @@ def _answered(
             kind=example.meta.get("kind", ""),
             answer=text,
             score=task.score(example, text),
-            vision_tokens=spent[b]["vision_tokens"],
-            flops=spent[b]["flops"],
-            dense_flops=dense[b]["flops"],
+            vision_tokens=mine["vision_tokens"],
+            flops=mine["flops"],
+            dense_flops=untouched["flops"],
             prefill_ms=prefill_ms,
         )
-        for index, example, text, b in zip(indices, examples, said.texts, said.rows, strict=True)
+        for index, example, text, mine, untouched in zip(
+            indices, examples, said.texts, spent, dense, strict=True
+        )
     ]
 
 

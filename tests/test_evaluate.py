@@ -171,6 +171,27 @@ def test_choices_are_those_of_a_naive_loop(pair: tuple[Any, Any], rule: str) -> 
     assert len({e.choices.index(a) for e, a in zip(some, expected, strict=True)}) > 1
 
 
+@pytest.mark.parametrize("method", ["fastv", "attention", "pagerank"])
+def test_choices_do_not_steer_the_method(pair: tuple[Any, Any], method: str) -> None:
+    """As in use: the prompt is reduced alone, then each choice is said token by token."""
+    some = chosen().examples
+    with foveate.reduced(pair[0], foveate.recipe(method, keep=0.25, before=1)):
+        expected = [likeliest_in_use(*pair, e) for e in some]
+        assert texts(pair, some, 3) == expected
+
+
+@torch.no_grad()
+def likeliest_in_use(model: Any, processor: Any, example: Example) -> str:
+    scores = []
+    for choice in example.choices:
+        out, logp = model(**prompt_of(processor, example), use_cache=True), []
+        for token in processor.tokenizer(choice + "<|im_end|>")["input_ids"]:
+            logp.append(float(out.logits[0, -1].log_softmax(-1)[token]))
+            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
+        scores.append(sum(logp) / len(logp))
+    return example.choices[int(np.argmax(scores))]
+
+
 def test_mean_and_sum_differ(pair: tuple[Any, Any]) -> None:
     some = chosen().examples
     assert texts(pair, some, 7) != texts(pair, some, 7, likelihood="sum")
