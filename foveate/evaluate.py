@@ -90,6 +90,14 @@ def ready(tasks: Sequence[Task]) -> None:
         task.score(task.example(0), "")
 
 
+def digest(model: Any) -> str:
+    """Tells other weights under the same name apart, by the first values of each parameter."""
+    said = hashlib.sha256()
+    for parameter in model.parameters():
+        said.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return said.hexdigest()[:12]
+
+
 def evaluate(
     model: Any,
     processor: Any,

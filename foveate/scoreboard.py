@@ -13,6 +13,7 @@ from foveate.markers import Block
 BLOCK = Block("eval", "written by `foveate eval … --write README.md`")
 Row = Mapping[str, Any]
 _LEVEL = 0.05
+_ENOUGH = 20  # examples; of fewer, a bootstrap's interval is too narrow to rely on
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ def named(row: Row) -> str:
 def differs(row: Row) -> bool:
     """Whether the score differs from the untouched model's at the 95 % level.
 
-    By McNemar's exact test where answers are right or wrong, else by the paired interval.
+    By McNemar's exact test where answers are right or wrong, else by the paired interval of 20
+    examples or more.
     """
     if row["mcnemar_p"] is not None:
         return bool(row["mcnemar_p"] < _LEVEL)
-    return bool(row["difference_low"] > 0 or row["difference_high"] < 0)
+    outside = row["difference_low"] > 0 or row["difference_high"] < 0
+    return bool(outside and row["n"] >= _ENOUGH)
 
 
 def markdown(result: Row) -> str:
@@ -114,8 +117,9 @@ def _made(result: Row) -> str:
     if len(set(counts.values())) > 1:
         each = ", ".join(f"{n} examples of {task}" for task, n in counts.items())
     where = [f"{result['model']} on {result['device']}", result["dtype"]]
-    where += [f"{result['threads']} threads"] if result["threads"] else []
+    where += [f"CPU threads: {result['threads']}"] if result["threads"] else []
     versions = ", ".join(f"{name} {said}" for name, said in result["versions"].items())
+    versions = versions.replace("not installed", "from a checkout")
     return (
         f"{', '.join(where)}; split {result['split']}, {each} (seed {result['seed']}); begun "
         f"{result['date']}; {versions}. Made by `{result['command']}`."

@@ -145,13 +145,18 @@ def test_the_same_command_again_runs_nothing(mine: list[str], loaded, monkeypatc
     assert f"Made by `{said['command']}`" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("change", ["seed", "split", "questions"])
-def test_answers_of_another_command_are_not_taken(mine: list[str], change: str) -> None:
+@pytest.mark.parametrize("change", ["seed", "split", "questions", "weights"])
+def test_answers_of_another_command_are_not_taken(
+    mine: list[str], loaded, monkeypatch, change: str
+) -> None:
     words = [*mine, "--limit", "2", "--json", "e.json"]
     works(*words)
     if change == "questions":
         Path("mine.jsonl").write_text(lines(["yes"] * 8))
-    more = {"seed": ("--seed", 1), "split": ("--split", "train"), "questions": ()}[change]
+    if change == "weights":
+        one = loaded[0].model.language_model.norm.weight
+        monkeypatch.setattr(one, "data", one.data + 0.5)
+    more = {"seed": ("--seed", 1), "split": ("--split", "train")}.get(change, ())
     said = refuses(*words, *more)
     assert "e.json.answers holds the answers of another command" in said
     assert "Give another --json, or delete the file to begin anew" in said

@@ -32,7 +32,8 @@ def result() -> dict[str, Any]:
         | {"flops": 500, "vision_tokens": 32.0, "prefill_ms": 20.0},
     ]
     about = {"model": "tiny", "device": "cpu (one)", "dtype": "float32", "threads": 2}
-    about |= {"split": "train", "seed": 7, "date": "2026-01-02", "versions": {"torch": "2.13"}}
+    about |= {"versions": {"foveate": "not installed", "torch": "2.13"}}
+    about |= {"split": "train", "seed": 7, "date": "2026-01-02"}
     return about | {"command": "foveate eval --task easy,captions", "rows": rows}
 
 
@@ -46,18 +47,19 @@ def test_costs_are_means_over_all_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "low", "high", "said"),
+    ("n", "p", "low", "high", "said"),
     [
-        (0.049, -0.1, 0.1, True),
-        (0.05, 0.1, 0.2, False),  # where answers are right or wrong, McNemar decides
-        (None, -0.1, 0.1, False),
-        (None, 0.01, 0.1, True),
-        (None, -0.1, -0.01, True),
-        (None, 0.0, 0.0, False),
+        (9, 0.049, -0.1, 0.1, True),
+        (20, 0.05, 0.1, 0.2, False),  # where answers are right or wrong, McNemar decides
+        (20, None, -0.1, 0.1, False),
+        (20, None, 0.01, 0.1, True),
+        (19, None, 0.01, 0.1, False),  # too few for a bootstrap
+        (20, None, -0.1, -0.01, True),
+        (20, None, 0.0, 0.0, False),
     ],
 )
-def test_what_differs(p: float | None, low: float, high: float, said: bool) -> None:
-    one = row("easy", "aim", 9, mcnemar_p=p, difference_low=low, difference_high=high)
+def test_what_differs(n: int, p: float | None, low: float, high: float, said: bool) -> None:
+    one = row("easy", "aim", n, mcnemar_p=p, difference_low=low, difference_high=high)
     assert differs(one) is said
 
 
@@ -71,8 +73,8 @@ def test_markdown_says_all_of_it() -> None:
     cells = f"28 | 2.5× fewer | 18 | 40.0 % (40.1–59.9) | {same}"
     assert reduced == f"| `prumerge`, adaptive | {cells} |"
     said = " ".join(about)
-    assert "tiny on cpu (one), float32, 2 threads; split train, 100 examples of easy, 300" in said
-    assert "(seed 7); begun 2026-01-02; torch 2.13. Made by `foveate eval --task easy,cap" in said
+    assert "tiny on cpu (one), float32, CPU threads: 2; split train, 100 examples of easy" in said
+    assert "(seed 7); begun 2026-01-02; foveate from a checkout, torch 2.13. Made by `fov" in said
     assert "McNemar's exact test (for captions the paired bootstrap's interval)" in said
     assert all(len(line) <= 120 for line in about)
 

@@ -384,7 +384,7 @@ def evaluate(
     asked = about(loaded, model) | {"split": split, "seed": seed}
     journal = Journal(
         json_file and json_file.with_name(json_file.name + ".answers"),
-        asked | {"data": str(data or ""), "files": _digests(named)},
+        asked | {"weights": leaf.digest(loaded), "data": str(data or ""), "files": _digests(named)},
     )
     begun = journal.once("begun", lambda: str(date.today()))
     result = asked | {"date": begun, "command": context.meta[_COMMAND], "rows": [], "notes": []}
