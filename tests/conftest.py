@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import asking
 import command
 import pytest
 import tiny
@@ -27,6 +28,12 @@ def models():
         return tiny.FAMILIES[name].build()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A small LLaVA (16 vision tokens) and a processor that fits it."""
+    return asking.small_pair(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +14,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from asking import Listed, asked, chosen
 
 import foveate
+from foveate.answer import answer
 from foveate.cost import TextShape
+from foveate.evaluate import evaluate
 from foveate.recipe import Recipe
 from foveate.schedule import Schedule
 from foveate.search import budget
 from foveate.search.gsearch import GSearch, bayes, bisect
-from foveate.search.objective import lower
+from foveate.search.objective import Calibration, lower
 from foveate.search.prefix import Batch, Runner, Shelf
+from foveate.search.probe import Probe
 from foveate.search.psigmoid import PSigmoid, fit
 
 LENGTHS = (3, 1)  # of the answers
@@ -265,3 +272,95 @@ def test_psigmoid_finds_the_best_slope() -> None:
     assert study.trials[0].params["slope"] == pytest.approx(0.222)
     assert study.best_params["slope"] == pytest.approx(0.4, rel=0.1)
     assert all(limit.holds(t.user_attrs["alive"]) for t in study.trials)
+
+
+# --- the calibration set -----------------------------------------------------------------------
+
+
+def probe_of(pair: tuple[Any, Any], task: Listed, kind: str, folder: Path, size: int = 3) -> Probe:
+    model, processor = pair
+    calibration = Calibration(model, processor, [task], kind, size)
+    return Probe(Runner(model), calibration, foveate.reducer("attention"), folder)
+
+
+ALIVE = (1.0, 0.5, 0.25)
+
+
+def test_choices_are_judged_as_evaluation_does(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    scores_agree(pair, chosen(), tmp_path)
+
+
+def test_answers_are_judged_as_evaluation_does(
+    pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word said most often is made the end of turn, so that answers do end."""
+    model, processor = pair
+    some = asked().examples
+    said = [text.split() for text in answer(*pair, some).texts]
+    end = Counter(word for words in said for word in set(words)).most_common(1)[0][0]
+    number = processor.tokenizer.convert_tokens_to_ids(end)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", number)
+    before = processor.tokenizer.eos_token
+    processor.tokenizer.eos_token = end
+    try:
+        cut = [" ".join(takewhile(lambda word: word != end, words)) for words in said]
+        right = Listed([replace(e, answer=a) for e, a in zip(some, cut, strict=True)])
+        scores_agree(pair, right, tmp_path)
+    finally:
+        processor.tokenizer.eos_token = before
+
+
+def scores_agree(pair: tuple[Any, Any], task: Listed, folder: Path) -> None:
+    """What is likeliest when the answers are given is what is said in use."""
+    probe = probe_of(pair, task, "score", folder)
+    recipe = Recipe(Schedule(alive=ALIVE), layers=foveate.reducer("attention"))
+    dense, reduced = evaluate(*pair, [task], {"r": recipe})
+    assert sum(probe.dense) / 7 == dense["score"]
+    assert sum(probe.values(ALIVE)) / 7 == reduced["score"]
+    assert dense["score"] != reduced["score"]
+
+
+def test_match_is_agreement_with_what_dense_says(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    task = asked()
+    probe = probe_of(pair, task, "match", tmp_path)
+    assert probe.dense == [1.0] * 7
+    flat = probe.values([1.0] * 3)
+    assert flat == [1.0] * 7 and min(probe.values([1.0, 0.1, 0.1])) == 0.0
+
+
+def test_kl_is_the_divergence_where_dense_speaks(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = pair
+    probe = probe_of(pair, asked(2), "kl", tmp_path)
+    assert probe.dense == pytest.approx([0.0, 0.0], abs=1e-2)
+    calibration = Calibration(model, processor, [asked(2)], "kl", 1)
+    for asked_batch, value in zip(calibration, probe.values(ALIVE), strict=True):
+        batch = asked_batch.batch
+        recipe = Recipe(Schedule(alive=ALIVE), layers=foveate.reducer("attention"))
+        flat = Recipe(Schedule(alive=(1.0,) * 3))
+        p, q = (in_use(model, batch, r).log_softmax(-1)[0] for r in (flat, recipe))
+        assert value == pytest.approx(-float((p.exp() * (p - q)).sum(-1).mean()), abs=2e-2)
+        assert value < -0.01
+
+
+def test_batches_do_not_matter(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    found = []
+    for size in (1, 7):
+        (folder := tmp_path / str(size)).mkdir()
+        probe = probe_of(pair, asked(), "kl", folder, size)
+        found.append([*probe.dense, *probe.values(ALIVE)])
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
+
+
+def test_deciding_costs_one_layer_and_changes_nothing(
+    pair: tuple[Any, Any], tmp_path: Path
+) -> None:
+    probe = probe_of(pair, asked(), "kl", tmp_path)
+    assert probe.forwards == pytest.approx(1.0)
+    whole = probe.values([1.0, 0.5, 0.25])
+    before = probe.forwards
+    probe.decide([1.0, 0.5, 0.5], 2)
+    assert probe.forwards - before < 2 / 3
+    before = probe.forwards
+    assert probe.values([1.0, 0.5, 0.25]) == pytest.approx(whole, abs=1e-4)
+    assert 0 < probe.forwards - before < 1 / 3
+    assert probe.runs == 2

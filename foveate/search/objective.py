@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.answer import answer, tails
+from foveate.answer import tails
 from foveate.ask import chat
 from foveate.search.prefix import Batch
 from foveate.tasks import Example, Task
@@ -89,13 +89,27 @@ class Calibration:
         return self._hash.hexdigest()[:16]
 
     def _asked(self, examples: Sequence[Example]) -> Asked:
-        if self.kind != "score":
-            plain = [replace(e, choices=()) for e in examples]
-            said = answer(self.model, self.processor, plain).texts
-            examples = [replace(e, answer=a) for e, a in zip(plain, said, strict=True)]
-        rows = [(n, e, c) for n, e in enumerate(examples) for c in e.choices or (e.answer,)]
-        batch = prompts(self.model, self.processor, [(e, c) for _, e, c in rows])
-        return Asked(batch, tuple(n for n, _, _ in rows), tuple(c == e.answer for _, e, c in rows))
+        if self.kind == "score":
+            rows = [(n, e, c) for n, e in enumerate(examples) for c in e.choices or (e.answer,)]
+        else:
+            rows = [(n, e, e.answer) for n, e in enumerate(examples)]
+        inputs = prompts(self.model, self.processor, [e for _, e, _ in rows])
+        if self.kind == "score":
+            said = tails(self.processor, [c for _, _, c in rows], inputs["input_ids"].device)
+        else:
+            said = self._dense(inputs, max(e.new_tokens for e in examples))
+        right = tuple(c == e.answer for _, e, c in rows)
+        return Asked(followed(inputs, *said), tuple(n for n, _, _ in rows), right)
+
+    def _dense(self, inputs: Mapping[str, Any], longest: int) -> tuple[Tensor, Tensor]:
+        """What the untouched model says: ids (B, A), its end of turn too, and where they are."""
+        start = inputs["input_ids"].shape[1]
+        out = self.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+        ids = out[:, start:]
+        ends = self.model.generation_config.eos_token_id
+        stop = torch.tensor([ends] if isinstance(ends, int) else ends or [-1], device=ids.device)
+        over = torch.isin(ids, stop).long()
+        return ids, over.cumsum(-1) - over == 0
 
     def values(self, logits: Tensor, asked: Asked) -> list[float]:
         """The value of each example, from what is predicted where the answers stand (B, A, V)."""
@@ -114,24 +128,28 @@ class Calibration:
         return [float(v) for v in said.all(-1)]
 
 
-def prompts(model: Any, processor: Any, pairs: Sequence[tuple[Example, str]]) -> Batch:
-    """The examples' prompts, padded on the left, and what is to be said, padded on the right."""
+def prompts(model: Any, processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
+    """The examples' prompts, padded on the left."""
     made = processor(
-        images=[example.image for example, _ in pairs],
-        text=[chat(processor, example.question) for example, _ in pairs],
+        images=[example.image for example in examples],
+        text=[chat(processor, example.question) for example in examples],
         padding=True,
         padding_side="left",
         return_tensors="pt",
-    ).to(model.device, model.dtype)
-    inputs = dict(made)
-    ids, real = tails(processor, [said for _, said in pairs], inputs["input_ids"].device)
-    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    )
+    return dict(made.to(model.device, model.dtype))
+
+
+def followed(inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Batch:
+    """Prompts followed by what is said, ``ids`` (B, A) where ``real``."""
     whole = inputs["input_ids"].shape
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # nothing real sees padding
+    made = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == whole:
             tail = more.get(name, torch.zeros_like(ids))
-            inputs[name] = torch.cat([value, tail.to(value.dtype)], 1)
-    return Batch(inputs, ids.where(real, -100))
+            made[name] = torch.cat([value, tail.to(value.dtype)], 1)
+    return Batch(made, ids.where(real, -100))
 
 
 def lower(differences: Sequence[float], confidence: float) -> float:
