@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,18 +61,9 @@ def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood:
     end = processor.tokenizer.eos_token or ""
     prompts = [_prompt(processor, e) for e, _ in pairs]
     texts = [p + c + end for p, (_, c) in zip(prompts, pairs, strict=True)]
-    lengths = [
-        len(whole) - len(start)
-        for whole, start in zip(*(_ids(processor, some) for some in (texts, prompts)), strict=True)
-    ]
     inputs = _inputs(model, processor, [e for e, _ in pairs], texts)
-    logits = model(**inputs, logits_to_keep=max(lengths) + 1).logits
-    ids = inputs["input_ids"][:, -max(lengths) :]
-    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    scores = [
-        float(row[-n:].mean() if likelihood == "mean" else row[-n:].sum())
-        for row, n in zip(logp, lengths, strict=True)
-    ]
+    said = continuations(model, inputs, added(processor, prompts, texts))
+    scores = [float(logp.mean() if likelihood == "mean" else logp.sum()) for logp, _ in said]
     chosen, rows, at = [], [], 0
     for e in examples:
         part = scores[at : at + len(e.choices)]
@@ -82,15 +73,40 @@ def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood:
     return Answers(chosen, inputs["input_ids"], inputs["attention_mask"], rows)
 
 
+def added(processor: Any, starts: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """How many tokens each text has beyond its start."""
+    before, whole = (processor.tokenizer(list(some))["input_ids"] for some in (starts, texts))
+    return [len(b) - len(a) for a, b in zip(before, whole, strict=True)]
+
+
+def continuations(
+    model: Any, inputs: Mapping[str, Tensor], lengths: Sequence[int]
+) -> list[tuple[Tensor, bool]]:
+    """How likely the ends of prompts are, in one forward.
+
+    Args:
+        inputs: a batch padded on the left.
+        lengths: how many of the last tokens of each row to look at.
+
+    Returns:
+        For each row the log-probabilities ``(lengths[b],)``, and whether each token was the
+        likeliest.
+    """
+    longest = max(lengths)
+    logits = model(**inputs, logits_to_keep=longest + 1).logits[:, :-1].float()
+    ids = inputs["input_ids"][:, -longest:]
+    logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    first = logits.argmax(-1) == ids
+    return [
+        (row[-n:], bool(best[-n:].all())) for row, best, n in zip(logp, first, lengths, strict=True)
+    ]
+
+
 def _prompt(processor: Any, example: Example) -> str:
     """The text of a single-turn chat, up to where the answer begins."""
     content = [{"type": "image"}, {"type": "text", "text": example.question}]
     chat = [{"role": "user", "content": content}]
     return cast(str, processor.apply_chat_template(chat, add_generation_prompt=True))
-
-
-def _ids(processor: Any, texts: list[str]) -> list[list[int]]:
-    return cast(list[list[int]], processor.tokenizer(texts)["input_ids"])
 
 
 def _inputs(model: Any, processor: Any, examples: Sequence[Example], texts: list[str]) -> Any:

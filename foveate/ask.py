@@ -59,6 +59,29 @@ def vision_rows(model: Any, ids: Tensor) -> Tensor:
     return where
 
 
+def costs(
+    model: Any, report: Report | None, ids: Tensor, mask: Tensor
+) -> list[tuple[float, int, int]]:
+    """(mean vision tokens over layers, FLOPs, FLOPs untouched) of each prompt of a batch.
+
+    Args:
+        report: None, or one without rows, means that nothing was reduced.
+        ids: (B, L) the prompts.
+        mask: (B, L) where they are not padding.
+    """
+    shape = text_shape(family(model).text(model))
+    lengths, vision = mask.sum(-1).tolist(), vision_rows(model, ids).sum(-1).tolist()
+    found = []
+    for b, length in enumerate(lengths):
+        rows, alive = [length] * shape.layers, [vision[b]] * shape.layers
+        dense = shape.prefill_flops(rows)
+        if report is not None and report.rows:
+            rows = [layer[b] for layer in report.rows]
+            alive = [layer[b] for layer in report.alive]
+        found.append((sum(alive) / shape.layers, shape.prefill_flops(rows), dense))
+    return found
+
+
 def answers(
     model: Any,
     processor: Any,

@@ -21,7 +21,7 @@ from PIL import Image
 import foveate
 from foveate.adapter import family, text_shape
 from foveate.answer import Answers, answer
-from foveate.ask import vision_rows
+from foveate.ask import costs, vision_rows
 from foveate.bench import DENSE, Stopwatch
 from foveate.recipe import Recipe
 from foveate.report import Report
@@ -298,18 +298,9 @@ def _answered(
 
 
 def _costs(model: Any, report: Report | None, said: Answers) -> list[tuple[float, int, int]]:
-    """(mean vision tokens, FLOPs, FLOPs untouched) of each example's prompt."""
-    shape = text_shape(family(model).text(model))
-    lengths, vision = said.mask.sum(-1).tolist(), vision_rows(model, said.ids).sum(-1).tolist()
-    found = []
-    for b in said.rows:
-        rows, alive = [lengths[b]] * shape.layers, [vision[b]] * shape.layers
-        dense = shape.prefill_flops(rows)
-        if report is not None and report.rows:
-            rows = [layer[b] for layer in report.rows]
-            alive = [layer[b] for layer in report.alive]
-        found.append((sum(alive) / shape.layers, shape.prefill_flops(rows), dense))
-    return found
+    """What each example's prompt cost."""
+    found = costs(model, report, said.ids, said.mask)
+    return [found[row] for row in said.rows]
 
 
 def _blanked(example: Example) -> Example:

@@ -185,6 +185,11 @@ def parse(text: str, keep: float | None = None) -> Recipe:
     return recipe(name, **({"keep": keep} if keep is not None else {}) | knobs)
 
 
+def label(text: str, keep: float | None) -> str:
+    """What :func:`parse` would read the same recipe from, in one piece."""
+    return text if keep is None else f"{text}{',' if ':' in text else ':'}keep={keep:.4g}"
+
+
 def _literal(text: str) -> Any:
     try:
         return json.loads(text.lower() if text in ("True", "False") else text)

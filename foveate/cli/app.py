@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 import foveate
 from foveate import catalogue, loading
 from foveate.cli import tables
-from foveate.recipe import Recipe, parse
+from foveate.recipe import Recipe, label, parse
 
 _EXTRAS: Mapping[str, str] = {
     "PIL": "pinhole",
@@ -355,7 +355,7 @@ def evaluate(
     made: dict[str, Recipe] = {}
     for part in _shares(keep):
         more = _recipes(recipe or [], part)
-        made |= {_label(name, part): one for name, one in more.items()}
+        made |= {label(name, part): one for name, one in more.items()}
     loaded, processor = _load(model, dtype, device, threads, made)
     result = about(loaded, model) | {"split": split, "seed": seed, "rows": [], "notes": []}
     asked = {k: result[k] for k in ("model", "dtype", "split", "seed", "versions")}
@@ -427,10 +427,6 @@ def _shares(text: str) -> list[float | None]:
         return [float(part) for part in text.split(",") if part.strip()] or [None]
     except ValueError:
         raise ValueError(f"--keep is {text!r}; give fractions, such as 0.33,0.11.") from None
-
-
-def _label(name: str, keep: float | None) -> str:
-    return name if keep is None else f"{name}{',' if ':' in name else ':'}keep={keep:.4g}"
 
 
 def _no_shape(model: str, command: str) -> None:
