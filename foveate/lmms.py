@@ -178,7 +178,7 @@ class Foveate(lmms):  # type: ignore[misc]
         """
         return self._batched(requests, self._generate)
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """(loss, whether greedy decoding says it) of each continuation and the end of the turn.
 
         The loss is the mean negative log-probability of a token: lmms-eval takes the choice with
@@ -227,7 +227,9 @@ class Foveate(lmms):  # type: ignore[misc]
         return [_cut(text, asked.get("until")) for text in texts], cost
 
     @torch.no_grad()
-    def _weigh(self, requests: list[Any]) -> tuple[list[tuple[float, bool]], list[Cost]]:
+    def _weigh(self, requests: list[Any]) -> tuple[list[Any], list[Cost]]:
+        from lmms_eval.api.instance import GenerationResult
+
         prompts = [self._prompt(r) for r in requests]
         whole = [
             replace(p, text=p.text + self._end(r, p))
@@ -238,7 +240,9 @@ class Foveate(lmms):  # type: ignore[misc]
         said, cost = self._measured(
             requests, inputs, lambda: continuations(self.model, inputs, lengths)
         )
-        return [(-float(logp.mean()), greedy) for logp, greedy in said], cost
+        pairs = [(-float(logp.mean()), greedy) for logp, greedy in said]
+        # lmms-eval 0.7.3 makes a string of a bare pair, and multiple choice fails on that
+        return [GenerationResult(pair) for pair in pairs], cost
 
     # From requests to tensors
 

@@ -23,7 +23,6 @@ from foveate.tasks.example import matches
 
 WORDS = [chr(97 + i) + chr(97 + j) for i in range(8) for j in range(10)]
 STEPS = MAX_NEW_TOKENS
-TEMPLATE = "{% for m in messages %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }} {% endfor %}{% endfor %}"  # noqa: E501
 
 
 @dataclass
@@ -67,30 +66,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A small LLaVA (16 vision tokens) and a processor that fits it."""
-    from transformers import BitImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    file = miniature.tokenizer_file(folder / "tokenizer.json", [" ".join(WORDS)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(file), unk_token="<unk>", pad_token="<unk>", eos_token="<|im_end|>"
-    )
-    size = {"height": 56, "width": 56}
-    images = BitImageProcessorPil(size=size, do_center_crop=False, crop_size=size)
-    processor = LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    model = miniature.llava(vocabulary=96, image_token=image)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model, processor
+    return miniature.with_processor(tmp_path_factory.mktemp("tokenizer"), WORDS)
 
 
 def noise(seed: int, width: int = 60) -> Image.Image:
