@@ -362,7 +362,7 @@ def summary(noted: Sequence[Cost]) -> str:
         peaks = [c.peak_bytes for c in some if c.peak_bytes is not None]
         memory = f"{max(peaks) / 2**30:.2f} GiB ({some[0].peak_of})" if peaks else "unknown"
         lines.append(
-            f"foveate, {task}, {some[0].recipe}: {len(some)} prompts, {tokens:.1f} of "
+            f"foveate, {task}, {some[0].recipe}, n={len(some)}: {tokens:.1f} of "
             f"{before:.1f} vision tokens, {ratio:.2f}x fewer prefill FLOPs, first token after "
             f"{ttft:.0f} ms (batches of up to {max(c.batch for c in some)}), peak {memory}"
         )

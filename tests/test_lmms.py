@@ -343,6 +343,39 @@ def test_frames_of_a_video(bench: Bench, more: dict[str, Any], taken: list[int])
     assert [round(float(f.mean()) / 20) for f in frames] == taken
 
 
+# --- the bundled model -------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("recipe", [{}, {"recipe": "aim", "keep": 0.25}], ids=["dense", "aim"])
+def test_pinhole_answers_as_by_hand(bench: Bench, recipe: dict[str, Any]) -> None:
+    from contextlib import nullcontext
+
+    from foveate import loading
+
+    samples, lines = run(bench, "say", size=2, pretrained="pinhole", **recipe)
+    model, processor = loading.model("pinhole", dtype="float32", device="cpu")
+    made = foveate.recipe("aim", keep=0.25)
+    expected = []
+    with foveate.reduced(model, made) if recipe else nullcontext():
+        for doc in bench.docs:
+            images = [Image.open(path) for path in doc["images"]]
+            before, _, after = doc["question"].rpartition("<image>")
+            shown = [{"type": "image"}] * len(images)
+            content = [*shown, {"type": "text", "text": after}]
+            if before:
+                content.insert(0, {"type": "text", "text": before})
+            chat = [{"role": "user", "content": content}]
+            text = processor.apply_chat_template(chat, add_generation_prompt=True)
+            given = {"images": images} if images else {}
+            inputs = processor(text=[text], return_tensors="pt", **given)
+            out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+            new = out[0, inputs["input_ids"].shape[1] :]
+            expected.append(processor.decode(new, skip_special_tokens=True).split(bench.stop)[0])
+    assert answers(samples) == expected
+    assert [c["vision_tokens_before"] for c in lines] == [256 * n for n in IMAGES]
+
+
 # --- several processes -------------------------------------------------------------------------
 
 
@@ -363,7 +396,7 @@ def test_two_processes_share_the_documents(bench: Bench) -> None:
     (samples,) = (bench.folder / "out").rglob("*samples_say.jsonl")
     said = {s["doc_id"]: s for s in map(json.loads, samples.read_text().splitlines())}
     alone, lines = run(bench, "say", recipe="fastv", keep=0.25)
-    assert [said[i]["resps"][0][0] for i in range(5)] == answers(alone)
+    assert [said[i]["filtered_resps"] for i in range(5)] == [a.strip() for a in answers(alone)]
     ranks = [[json.loads(x) for x in log.with_suffix(f".rank{r}.jsonl").open()] for r in (0, 1)]
     assert sorted(c["doc_id"] for c in ranks[0]) == [0, 2, 4]
     assert sorted(c["doc_id"] for c in ranks[1]) == [1, 3]
