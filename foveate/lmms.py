@@ -351,7 +351,7 @@ class Foveate(lmms):  # type: ignore[misc]
 
 
 def summary(noted: Sequence[Cost]) -> str:
-    """A line per task: medians of time and memory, means of the rest."""
+    """A line per task: the median of time, the highest peak of memory, means of the rest."""
     lines = []
     for task in dict.fromkeys(cost.task for cost in noted):
         some = [cost for cost in noted if cost.task == task]
@@ -359,8 +359,8 @@ def summary(noted: Sequence[Cost]) -> str:
         before = statistics.mean(c.vision_tokens_before for c in some)
         ratio = sum(c.dense_flops for c in some) / sum(c.flops for c in some)
         ttft = statistics.median(c.ttft_ms for c in some)
-        peaks = [c.peak_bytes for c in some if c.peak_bytes is not None]
-        memory = f"{max(peaks) / 2**30:.2f} GiB ({some[0].peak_of})" if peaks else "unknown"
+        peak = max((c.peak_bytes for c in some if c.peak_bytes), default=None)
+        memory = f"{peak / 2**30:.2f} GiB ({some[0].peak_of})" if peak else "unknown"
         lines.append(
             f"foveate, {task}, {some[0].recipe}, n={len(some)}: {tokens:.1f} of "
             f"{before:.1f} vision tokens, {ratio:.2f}x fewer prefill FLOPs, first token after "
@@ -387,7 +387,7 @@ def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
     temperature = asked.get("temperature")
     if temperature is None:
         temperature = 1.0 if asked.get("do_sample") else 0.0
-    sample = temperature > 0 and asked.get("do_sample", True)
+    sample = temperature > 0 and asked.get("do_sample") is not False
     return {
         "max_new_tokens": asked.get("max_new_tokens", MAX_NEW_TOKENS),
         "num_beams": asked.get("num_beams") or 1,
