@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -128,7 +129,7 @@ class Foveate(lmms):  # type: ignore[misc]
 
         Raises:
             ValueError: for an argument that is not among these, a model or recipe that cannot be
-                had, or a processor without a chat template.
+                had, a processor without a chat template, or processes that accelerate does not see.
         """
         super().__init__()
         for name in more:
@@ -161,6 +162,12 @@ class Foveate(lmms):  # type: ignore[misc]
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
+        started = int(os.environ.get("WORLD_SIZE", 1))  # lmms-eval shares the documents by this
+        if started != self._world_size:
+            raise ValueError(
+                f"{started} processes were started and accelerate sees {self._world_size}, as it "
+                "does without a GPU; start one process, or launch on a machine with GPUs."
+            )
 
     def _file(self, log: Path) -> Path:
         """The log of this process, emptied."""
