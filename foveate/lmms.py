@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 from foveate import loading
-from foveate.answer import added, continuations
-from foveate.ask import costs, vision_rows
+from foveate.answer import tails
+from foveate.ask import costs
 from foveate.bench import DENSE, Stopwatch, peak_bytes
-from foveate.recipe import label, parse
+from foveate.recipe import parse
 from foveate.reducer import unknown
 
 try:
@@ -141,7 +141,7 @@ class Foveate(lmms):  # type: ignore[misc]
         self.max_frames, self.fps = _count("max_frames", max_frames), fps
         self._join()
         self.recipe = None if recipe is None else parse(recipe, keep)
-        self.recipe_name = DENSE if recipe is None else label(recipe, keep)
+        self.recipe_name = DENSE if recipe is None else _label(recipe, keep)
         place = self.accelerator.device if self._world_size > 1 else device
         self.model, self.processor = loading.model(pretrained, dtype=dtype, device=str(place))
         self.device = self.model.device
@@ -238,28 +238,32 @@ class Foveate(lmms):  # type: ignore[misc]
         from lmms_eval.api.instance import GenerationResult
 
         prompts = [self._prompt(r) for r in requests]
-        whole = [
-            replace(p, text=p.text + self._end(r, p))
-            for p, r in zip(prompts, requests, strict=True)
-        ]
-        inputs = self._inputs(whole)
-        lengths = added(self.processor, [p.text for p in prompts], [p.text for p in whole])
-        said, cost = self._measured(
-            requests, inputs, lambda: continuations(self.model, inputs, lengths)
-        )
-        pairs = [(-float(logp.mean()), greedy) for logp, greedy in said]
+        inputs = self._inputs(prompts)
+        said = [self._target(r, p) for r, p in zip(requests, prompts, strict=True)]
+        ids, real = tails(self.processor, said, self.model.device)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+
+        def forward() -> Any:
+            """The prompt, then the continuation on its cache: methods see the question last."""
+            first = self.model(**inputs, use_cache=True, logits_to_keep=1)
+            cache = first.past_key_values
+            more = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            return torch.cat([first.logits[:, -1:], more.logits[:, :-1]], 1).float()
+
+        logits, cost = self._measured(requests, inputs, forward)
+        logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * real
+        losses = (-logp.sum(-1) / real.sum(-1)).tolist()
+        greedy = ((logits.argmax(-1) == ids) | ~real).all(-1).tolist()
         # lmms-eval 0.7.3 makes a string of a bare pair, and multiple choice fails on that
-        return [GenerationResult(pair) for pair in pairs], cost
+        return [GenerationResult(pair) for pair in zip(losses, greedy, strict=True)], cost
 
     # From requests to tensors
 
-    def _end(self, request: Any, prompt: Prompt) -> str:
-        """What is weighed: the continuation and the end of the turn."""
+    def _target(self, request: Any, prompt: Prompt) -> str:
+        """The continuation, without the task's delimiter where the prompt ends in one."""
         target = request.args[1]
-        text = target if isinstance(target, str) else target(self._doc(request))
-        if prompt.text[-1:].isspace():  # the task's delimiter would be a second one
-            text = text.lstrip()
-        return text + (self.processor.tokenizer.eos_token or "")
+        text: str = target if isinstance(target, str) else target(self._doc(request))
+        return text.lstrip() if prompt.text[-1:].isspace() else text
 
     def _doc(self, request: Any) -> Any:
         doc_id, task, split = request.args[3:6]
@@ -329,7 +333,7 @@ class Foveate(lmms):  # type: ignore[misc]
             inputs[k].repeat_interleave(copies, 0) for k in ("input_ids", "attention_mask")
         )
         found = costs(self.model, report, ids, mask)[::copies]
-        before = vision_rows(self.model, inputs["input_ids"]).sum(-1).tolist()
+        dense = costs(self.model, None, ids, mask)[::copies]
         ttft_ms = watch.forwards()[0].total_ms
         return out, [
             Cost(
@@ -338,16 +342,16 @@ class Foveate(lmms):  # type: ignore[misc]
                 request=request.idx,
                 recipe=self.recipe_name,
                 batch=len(requests),
-                vision_tokens_before=total,
-                vision_tokens=tokens,
-                flops=flops,
-                dense_flops=dense,
-                flops_ratio=dense / flops,
+                vision_tokens_before=before["vision_tokens_entrance"],
+                vision_tokens=now["vision_tokens"],
+                flops=now["flops"],
+                dense_flops=before["flops"],
+                flops_ratio=before["flops"] / now["flops"],
                 ttft_ms=ttft_ms,
                 peak_bytes=next(iter(peak), None),
                 peak_of="cuda" if watch.device.type == "cuda" else "process",
             )
-            for request, total, (tokens, flops, dense) in zip(requests, before, found, strict=True)
+            for request, before, now in zip(requests, dense, found, strict=True)
             if not request.metadata.get("__padding_only__")  # repeats that even out processes
         ]
 
@@ -435,6 +439,11 @@ def _kind(visual: Any) -> str:
 
 def _opened(visual: Any) -> Image.Image:
     return loading.picture(visual) if isinstance(visual, str) else visual.convert("RGB")
+
+
+def _label(recipe: str, keep: float | None) -> str:
+    """The recipe in one piece, as the command line takes it."""
+    return recipe if keep is None else f"{recipe}{',' if ':' in recipe else ':'}keep={keep:.4g}"
 
 
 def _count(name: str, value: Any) -> int:

@@ -165,7 +165,7 @@ def recipe(
 
 def parse(text: str, keep: float | None = None) -> Recipe:
     """A recipe from the command line: a JSON file, a preset, or ``name:key=value,…``."""
-    if text.endswith(".json") or Path(text).is_file():
+    if finished(text):
         if keep is not None:
             raise ValueError(f"{text} is a finished recipe; --keep goes with a preset.")
         if not Path(text).is_file():
@@ -185,9 +185,9 @@ def parse(text: str, keep: float | None = None) -> Recipe:
     return recipe(name, **({"keep": keep} if keep is not None else {}) | knobs)
 
 
-def label(text: str, keep: float | None) -> str:
-    """What :func:`parse` would read the same recipe from, in one piece."""
-    return text if keep is None else f"{text}{',' if ':' in text else ':'}keep={keep:.4g}"
+def finished(text: str) -> bool:
+    """Whether the command line's ``text`` names a recipe file instead of a preset."""
+    return text.endswith(".json") or Path(text).is_file()
 
 
 def _literal(text: str) -> Any:

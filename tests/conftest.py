@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 import tiny
 import torch
 
 import foveate
+from foveate import loading
 
 MATRIX = Path(foveate.__file__).parent / "matrix.json"
 
@@ -25,6 +27,33 @@ def models():
         return tiny.FAMILIES[name].build()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA with its processor, as ``save_pretrained`` leaves it."""
+    return command.save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def opened(checkpoint: Path) -> tuple[Any, Any]:
+    """The same, opened once."""
+    return loading.model(str(checkpoint), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def loaded(opened, monkeypatch) -> tuple[Any, Any]:
+    """Whatever ``--model`` says, this is the model; the opening itself is tested elsewhere."""
+    monkeypatch.setattr(loading, "model", lambda name, **_: opened)
+    return opened
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch) -> None:
+    """Commands write into a folder of their own; tables are wide enough not to fold."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.delenv("FOVEATE_TRACEBACK", raising=False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
