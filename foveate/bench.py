@@ -240,7 +240,7 @@ class _Bench:
         """One prompt and its answer."""
         watch, steps = self.watch, self.settings.new_tokens - 1
         gc.collect()
-        with watch.around(case.recipe) as report, _peak(watch.device) as peak:
+        with watch.around(case.recipe) as report, peak_bytes(watch.device) as peak:
             begin = watch.tick()
             out = self.model(**self.inputs, use_cache=True, logits_to_keep=1)
             first = watch.tick()
@@ -450,7 +450,7 @@ def _wait(device: torch.device) -> None:
 
 
 @contextmanager
-def _peak(device: torch.device) -> Iterator[list[int]]:
+def peak_bytes(device: torch.device) -> Iterator[list[int]]:
     """Peak bytes inside the block, weights included: torch's on CUDA, the process's on Linux.
 
     The list stays empty where neither can be read.

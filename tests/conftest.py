@@ -9,6 +9,7 @@ from typing import Any
 
 import asking
 import command
+import miniature
 import pytest
 import tiny
 import torch
@@ -33,7 +34,7 @@ def models():
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A small LLaVA (16 vision tokens) and a processor that fits it."""
-    return asking.small_pair(tmp_path_factory.mktemp("tokenizer"))
+    return miniature.with_processor(tmp_path_factory.mktemp("tokenizer"), asking.WORDS)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from torch import Tensor
 from foveate.pinhole.packed import Sizes, Student
 
 IMAGE = 90
+TEMPLATE = "{% for m in messages %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }} {% endfor %}{% endfor %}"  # noqa: E501
 LANGUAGE, VISION = "fake_language/text.gguf", "fake_vision/eye.onnx"
 
 
@@ -95,6 +96,33 @@ def llava(*, vocabulary: int = 96, image_token: int = IMAGE, image_size: int = 5
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def with_processor(folder: Path, words: Sequence[str]) -> tuple[Any, Any]:
+    """:func:`llava` with weights that give varied answers, and a processor that knows ``words``."""
+    from transformers import BitImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    file = tokenizer_file(folder / "tokenizer.json", [" ".join(words)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(file), unk_token="<unk>", pad_token="<unk>", eos_token="<|im_end|>"
+    )
+    size = {"height": 56, "width": 56}
+    images = BitImageProcessorPil(size=size, do_center_crop=False, crop_size=size)
+    processor = LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    model = llava(vocabulary=96, image_token=image)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model, processor
 
 
 def student(model: Any, *, merged: bool = True) -> Student:

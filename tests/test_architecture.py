@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_methods_know_no_model(folder: str) -> None:
                 assert name.startswith(("foveate.reducer", "foveate.ops")), (file, name)
 
 
-@pytest.mark.parametrize("leaf", ["cli", "bench", "trace", "evaluate"])
+@pytest.mark.parametrize("leaf", ["cli", "bench", "trace", "evaluate", "lmms"])
 def test_leaves_do_not_reach_inside(leaf: str) -> None:
     inside = {"foveate.session", "foveate.prompt", "foveate.entrance", "foveate.watch"}
     for file in ROOT.glob(f"{leaf}.py"):
@@ -48,7 +49,7 @@ def test_leaves_do_not_reach_inside(leaf: str) -> None:
 def test_the_core_knows_no_leaf() -> None:
     core = ["reducer", "schedule", "recipe", "adapter", "session", "report", "cost"]
     core += ["prompt", "entrance", "watch"]
-    leaves = ("cli", "bench", "trace", "evaluate", "tasks", "pinhole", "shapes")
+    leaves = ("cli", "bench", "trace", "evaluate", "lmms", "tasks", "pinhole", "shapes")
     for module in core:
         for name in imported(ROOT / f"{module}.py"):
             assert not name.startswith(tuple(f"foveate.{leaf}" for leaf in leaves)), (module, name)
@@ -63,6 +64,13 @@ def test_a_bare_import_pulls_in_no_extra() -> None:
     )
     base = subprocess.run([sys.executable, "-c", plain], capture_output=True, text=True, check=True)
     assert set(ast.literal_eval(run.stdout)) <= set(ast.literal_eval(base.stdout))
+
+
+def test_an_absent_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmms_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "foveate.lmms", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'foveate\[lmms\]'"):
+        importlib.import_module("foveate.lmms")
 
 
 def test_the_public_names() -> None:
