@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,16 +16,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import transformers
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from typer.core import TyperGroup
 
-import foveate
 from foveate import catalogue, loading
-from foveate.cli import tables
+from foveate.cli import options, search, tables
+from foveate.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Keep,
+    Model,
+    Output,
+    Recipes,
+    Threads,
+)
 from foveate.recipe import Recipe, finished, parse
 
 if TYPE_CHECKING:
-    from foveate.tasks import Task
+    pass
 
 _COMMAND = "foveate.command"  # where the context keeps what was typed
 _ADAPTIVE = "adaptive"
@@ -42,6 +48,7 @@ _EXTRAS: Mapping[str, str] = {
     "skimage": "demo",
     "scipy": "eval",
     "sacrebleu": "eval",
+    "optuna": "search",
 }
 
 
@@ -97,48 +104,6 @@ app = typer.Typer(
 )
 
 
-def _writable(path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written before the work whose result it is to hold."""
-    if path is None:
-        return None
-    folder = path.parent
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file to write, such as {path / 'result'}.")
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(
-            f"{path} cannot be written because the folder {folder} {what}; "
-            f"make it (mkdir -p {folder}) or name another file."
-        )
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written: no permission; name another file.")
-    return path
-
-
-Model = Annotated[
-    str, typer.Option("--model", help="Hub id, local folder, pinhole, or shape:<name>.")
-]
-Recipes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--recipe",
-        help="Preset or method, name:key=value,…, or a JSON file; may be given several times.",
-    ),
-]
-Keep = Annotated[
-    float | None,
-    typer.Option("--keep", help="Fraction of vision tokens kept by every preset, in (0, 1]."),
-]
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", callback=_writable, help="Also write the result as JSON."),
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, … or auto.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
-Output = Annotated[
-    Path, typer.Option("-o", "--output", callback=_writable, help="The picture to write.")
-]
 Image = Annotated[Path, typer.Argument(help="A picture: JPEG, PNG, WebP, …")]
 NewTokens = Annotated[int, typer.Option("--new-tokens", min=2, help="Longest answer.")]
 
@@ -180,10 +145,10 @@ def demo(
     from foveate import demo as leaf
 
     made = _recipes(recipe, keep) if recipe else leaf.recipes(leaf.KEEP if keep is None else keep)
-    _no_shape(model, "demo")
+    options.no_shape(model, "demo")
     leaf.ready(output)
-    loaded, processor = _load(model, dtype, device, threads, made)
-    with _waiting("asking") as say:
+    loaded, processor = options.load(model, dtype, device, threads, made)
+    with options.waiting("asking") as say:
         shown = leaf.run(
             loaded, processor, made, name=model, max_new_tokens=new_tokens, progress=say
         )
@@ -197,7 +162,7 @@ def demo(
             out.print(tables.scores(result["scores"]))
         else:
             out.print("What pinhole can and cannot do, measured: docs/pinhole.md")
-    _write(json_file, result)
+    options.write(json_file, result)
 
 
 @app.command()
@@ -218,10 +183,10 @@ def ask(
     from foveate.bench import about
 
     opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
-    _no_shape(model, "ask")
-    loaded, processor = _load(model, dtype, device, threads, made)
+    options.no_shape(model, "ask")
+    loaded, processor = options.load(model, dtype, device, threads, made)
     given = prepare(loaded, processor, opened, question)
-    with _waiting("answering"):
+    with options.waiting("answering"):
         found = answers(loaded, processor, given, made, max_new_tokens=new_tokens)
     rows = [{"image": str(image), "question": question} | row for row, _ in found]
     result = {**about(loaded, model), "rows": rows}
@@ -229,7 +194,7 @@ def ask(
     for row, report in found:
         for note in report.notes if report is not None else ():
             tables.console().print(f"{row['recipe']}: {note}")
-    _write(json_file, result)
+    options.write(json_file, result)
 
 
 @app.command()
@@ -253,14 +218,14 @@ def trace(
     from foveate.trace import draw, layers_worth_drawing, panel, ready
 
     opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
-    _no_shape(model, "trace")
+    options.no_shape(model, "trace")
     wanted = _numbers(layers)
     ready(output)
-    loaded, processor = _load(model, dtype, device, None, made)
+    loaded, processor = options.load(model, dtype, device, None, made)
     given = prepare(loaded, processor, opened, question)
     vision = vision_rows(loaded, given["input_ids"])[0].nonzero()[:, 0]
     pictures, alive = [], {}
-    with _waiting("looking"):
+    with options.waiting("looking"):
         found = answers(loaded, processor, given, made, max_new_tokens=2, warm=False)
     for row, report in found:
         if report is not None:
@@ -269,7 +234,7 @@ def trace(
             alive[row["recipe"]] = report.alive
     draw(pictures, output)
     tables.console().print(f"Surviving patches: {output}")
-    _write(json_file, {"model": model, "image": str(image), "alive": alive})
+    options.write(json_file, {"model": model, "image": str(image), "alive": alive})
 
 
 @app.command()
@@ -301,7 +266,7 @@ def bench(
     json_file: Json = None,
     csv_file: Annotated[
         Path | None,
-        typer.Option("--csv", callback=_writable, help="Append the rows to a CSV file."),
+        typer.Option("--csv", callback=options.writable, help="Append the rows to a CSV file."),
     ] = None,
 ) -> None:
     """Time the untouched model and recipes by stage, side by side in one run."""
@@ -311,8 +276,8 @@ def bench(
     made = _recipes(recipe or ["aim", "fastv", "prumerge"], keep)
     prompt = Prompt(batch, images, frames, text_tokens, _size(image_size))
     settings = leaf.Settings(new_tokens, repeats, warmup, identity, attainable)
-    loaded, _ = _load(model, dtype, device, threads, made)
-    with _progress() as bar:
+    loaded, _ = options.load(model, dtype, device, threads, made)
+    with options.progress() as bar:
         task = bar.add_task("warming up", total=None)
 
         def progress(done: int, total: int, what: str) -> None:
@@ -320,7 +285,7 @@ def bench(
 
         result = leaf.bench(loaded, made, prompt, settings, name=model, progress=progress)
     tables.console().print(tables.bench(result))
-    _write(json_file, result)
+    options.write(json_file, result)
     _append(csv_file, result)
 
 
@@ -374,13 +339,13 @@ def evaluate(
     from foveate.journal import Journal
 
     made = _budgeted(recipe or [], keep)
-    _no_shape(model, "eval")
+    options.no_shape(model, "eval")
     if write is not None:
         scoreboard.BLOCK.check(write)
-    named = _tasks(task, data=data, split=split, seed=seed, limit=limit)
+    named = options.tasks(task, data=data, split=split, seed=seed, limit=limit)
     tasks = list(named.values())
     leaf.ready(tasks)
-    loaded, processor = _load(model, dtype, device, threads, made)
+    loaded, processor = options.load(model, dtype, device, threads, made)
     asked = about(loaded, model) | {"split": split, "seed": seed}
     journal = Journal(
         json_file and json_file.with_name(json_file.name + ".answers"),
@@ -388,7 +353,7 @@ def evaluate(
     )
     begun = journal.once("begun", lambda: str(date.today()))
     result = asked | {"date": begun, "command": context.meta[_COMMAND], "rows": [], "notes": []}
-    with _progress() as bar:
+    with options.progress() as bar:
         if baselines and made:
             job = bar.add_task("finding baselines of equal FLOPs", total=None)
             plain, result["notes"] = leaf.baselines(loaded, processor, tasks, made, journal)
@@ -407,9 +372,12 @@ def evaluate(
             advance=lambda name, count: bar.advance(jobs[name], count),
         )
     tables.console().print(tables.evaluation(result))
-    _write(json_file, result)
+    options.write(json_file, result)
     if write is not None:
         scoreboard.BLOCK.write(write, scoreboard.markdown(result))
+
+
+app.add_typer(search.app, name="search")
 
 
 @app.command()
@@ -429,7 +397,7 @@ def methods(
         typer.echo(catalogue.BLOCK.around(catalogue.markdown()))
     else:
         tables.console().print(tables.methods(rows, presets))
-    _write(json_file, {"rows": rows, "presets": presets})
+    options.write(json_file, {"rows": rows, "presets": presets})
 
 
 @app.command()
@@ -437,7 +405,7 @@ def models(json_file: Json = None) -> None:
     """Which method works on which family, as the tests found it."""
     rows = catalogue.models()
     tables.console().print(tables.models(rows))
-    _write(json_file, {"rows": rows})
+    options.write(json_file, {"rows": rows})
 
 
 def _recipes(given: Sequence[str], keep: float | None) -> dict[str, Recipe]:
@@ -485,46 +453,10 @@ def _at(text: str, budget: str) -> dict[str, Recipe]:
     return {f"{text}{',' if ':' in text else ':'}keep={budget}": parse(text, share)}
 
 
-def _tasks(given: Sequence[str], **how: Any) -> dict[str, Task]:
-    """The tasks of the command line by what was typed; a file may have commas in its name."""
-    from foveate.tasks import task
-
-    parts = [[text] if Path(text).is_file() else text.split(",") for text in given]
-    names = dict.fromkeys(name.strip() for part in parts for name in part if name.strip())
-    if not names:
-        raise ValueError("--task names no task; try --task easyvqa.")
-    return {name: task(name, **how) for name in names}
-
-
 def _digests(names: Iterable[str]) -> dict[str, str]:
     """What is in the files among tasks: when it has changed, old answers are no answers to it."""
     files = [name for name in names if name.endswith(".jsonl")]
     return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:12] for f in files}
-
-
-def _no_shape(model: str, command: str) -> None:
-    if model.startswith("shape:"):
-        raise ValueError(
-            f"{model} has random weights and nothing to say; {command} needs a real model: "
-            "--model pinhole, a Hub id or a local folder. For timing: foveate bench."
-        )
-
-
-def _load(
-    model: str, dtype: str, device: str, threads: int | None, recipes: Mapping[str, Recipe]
-) -> tuple[Any, Any]:
-    """Model and processor; recipes that do not fit it are refused before anything long runs."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with _waiting(f"loading {model}"):
-        loaded, processor = loading.model(model, dtype=dtype, device=device)
-    for text, recipe in recipes.items():
-        try:
-            foveate.attach(loaded, recipe)
-        except ValueError as error:
-            raise ValueError(f"{text}: {error}") from None
-        foveate.detach(loaded)
-    return loaded, processor
 
 
 def _size(text: str) -> tuple[int, int] | None:
@@ -542,23 +474,6 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--layers is {text!r}; give layer numbers, such as 0,8,16.") from None
-
-
-@contextmanager
-def _waiting(what: str) -> Iterator[Callable[[str], object]]:
-    """A spinner on stderr; yields what changes its text."""
-    with tables.console(stderr=True).status(f"{what} …") as status:
-        yield lambda now: status.update(f"{now} …")
-
-
-def _progress() -> Progress:
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, console=tables.console(stderr=True), transient=True)
-
-
-def _write(path: Path | None, result: Mapping[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _append(path: Path | None, result: Mapping[str, Any]) -> None:

@@ -149,8 +149,8 @@ class Runner:
                 hook = layer.register_forward_pre_hook(partial(self._see, found), with_kwargs=True)
                 stack.callback(hook.remove)
             last: list[Tensor] = []
-            norm = self.text.norm.register_forward_pre_hook(lambda m, a: last.append(a[0]))
-            stack.callback(norm.remove)
+            norm = cast(nn.Module, self.text.norm)
+            stack.callback(norm.register_forward_pre_hook(lambda m, a: last.append(a[0])).remove)
             self.model(**batch.inputs, use_cache=False, logits_to_keep=1)
         hidden, _, rows = found[0]
         rows = self._rows(batch, hidden, flat) if rows is None else rows

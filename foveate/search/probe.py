@@ -20,6 +20,7 @@ class Probe:
         layer: the layer in question; what lies below is decided and not run again.
         dense: the untouched model's value of each example.
         runs: probes so far.
+        lengths: of each prompt, text and vision rows.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Probe:
         self._folder, self._memory, self._advance = folder, memory, advance
         self.layer, self.runs = 0, 0
         self.dense: list[float] = []
+        self.lengths: list[tuple[int, int]] = []
         self._asked: list[Asked] = []
         self._shelf = self._new_shelf()
         plain = Runner(runner.model) if runner.entrance else runner
@@ -51,6 +53,11 @@ class Probe:
                 _, last = plain.start(asked.batch)
             self._begin(asked, plain.logits(last, asked.batch))
             self._shelf.put(state)
+            answers = asked.batch.answer.shape[1]
+            self.lengths += [
+                (rows - answers - vision, vision)
+                for rows, vision in zip(state.rows.lengths, state.rows.alive, strict=True)
+            ]
             if advance:
                 advance(asked.size)
         runner.flops += plain.flops if plain is not runner else 0

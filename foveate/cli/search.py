@@ -1,0 +1,398 @@
+"""``foveate search``: a tolerance or a budget in, a recipe out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foveate.cli import options, tables
+from foveate.cli.options import Device, Dtype, Model, Threads
+
+app = typer.Typer(
+    help="Search a recipe: gsearch loses nothing, psigmoid keeps to a budget.",
+    no_args_is_help=True,
+)
+
+Task = Annotated[
+    list[str], typer.Option("--task", help="What is not to get worse; several: A,B or repeated.")
+]
+Out = Annotated[
+    Path,
+    typer.Option("-o", "--output", callback=options.writable, help="The recipe to write (JSON)."),
+]
+Objective = Annotated[
+    str,
+    typer.Option(
+        "--objective",
+        help="score (the task's), or, without labels: match (same answers as dense) or kl.",
+    ),
+]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder with SPLIT.tar and SPLIT.jsonl.")]
+Split = Annotated[str, typer.Option("--split", help="What is searched on.")]
+CheckSplit = Annotated[str, typer.Option("--check-split", help="What the result is measured on.")]
+Limit = Annotated[int, typer.Option("--limit", min=2, help="Examples of each task to search on.")]
+CheckTask = Annotated[
+    list[str] | None,
+    typer.Option("--check-task", help="What the result is measured on; default: --task."),
+]
+CheckLimit = Annotated[
+    int, typer.Option("--check-limit", min=0, help="Examples of each task to measure on; 0: none.")
+]
+Seed = Annotated[int, typer.Option("--seed")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Examples at once.")]
+First = Annotated[int, typer.Option("--first", min=1, help="The first layer with fewer tokens.")]
+Method = Annotated[str, typer.Option("--method", help="What ranks tokens between layers.")]
+Storage = Annotated[
+    str, typer.Option("--storage", help="URL or file of the Optuna study; default: beside -o.")
+]
+Memory = Annotated[
+    float, typer.Option("--memory", help="GiB of hidden states kept in memory; the rest on disk.")
+]
+
+
+@dataclass
+class Job:
+    """What all searches share: the model, the calibration set before layer 0, the study."""
+
+    model: Any
+    processor: Any
+    about: Mapping[str, Any]
+    probe: Any
+    study: Any
+    checks: Sequence[Any]
+    asked: Mapping[str, Any]
+    batch: int
+    output: Path
+    begun: float
+    say: Callable[[str], object]
+
+    def finish(self, curve: Sequence[float], tried: Sequence[Any], **facts: Any) -> None:
+        """Measure the found recipe, write it with its report and picture, and say what it is."""
+        from foveate.search.found import held_out, picture, stamped
+
+        recipe = self.probe.runner.recipe(curve, self.probe.method)
+        spent = {
+            "evaluations": self.probe.runs,
+            "forward_equivalents": round(self.probe.forwards, 2),
+            "seconds": round(time.monotonic() - self.begun, 1),
+        }
+        measured: dict[str, Any] = {}
+        if self.checks:
+            self.say("measuring on examples that the search did not see")
+            measured = held_out(
+                self.model, self.processor, self.checks, recipe, batch_size=self.batch
+            )
+        rows = measured.pop("rows", [])
+        fingerprint = self.probe.calibration.fingerprint
+        known = {**self.asked, "data": fingerprint, **facts, **measured}
+        recipe = stamped(recipe, self.model.config, known)
+        recipe.save(self.output)
+        report = {"recipe": str(self.output), **measured, **spent, **facts, "alive": list(curve)}
+        report |= {"asked": self.asked, "rows": rows, "tried": list(tried)}
+        self.output.with_suffix(".search.json").write_text(json.dumps(report, indent=1) + "\n")
+        picture({self.output.stem: curve}, self.output.with_suffix(".png"))
+        console = tables.console()
+        if rows:
+            console.print(tables.evaluation({**self.about, "rows": rows, "notes": []}))
+        kept = sum(curve) / len(curve)
+        console.print(
+            f"{self.output}: {kept:.1%} of vision tokens, averaged over layers; "
+            f"{spent['evaluations']} probes, {spent['forward_equivalents']} forwards of the "
+            f"calibration set, {spent['seconds']:.0f} s"
+        )
+
+
+@contextmanager
+def _job(
+    kind: str,
+    *,
+    model: str,
+    task: Sequence[str],
+    output: Path,
+    objective: str,
+    method: str,
+    data: Path | None,
+    split: str,
+    check_split: str,
+    check_task: Sequence[str] | None,
+    limit: int,
+    check_limit: int,
+    seed: int,
+    batch: int,
+    storage: str,
+    memory: float,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    **asked: Any,
+) -> Iterator[Job]:
+    """Everything before the first probe."""
+    import foveate
+    from foveate.bench import about
+    from foveate.evaluate import digest, ready
+    from foveate.search.objective import Calibration
+    from foveate.search.prefix import Runner
+    from foveate.search.probe import Probe
+    from foveate.search.study import opened
+
+    options.no_shape(model, "search")
+    named = options.tasks(task, data=data, split=split, seed=seed, limit=limit)
+    unseen: dict[str, Any] = {}
+    if check_limit:
+        where = {"data": data, "split": check_split, "seed": seed, "limit": check_limit}
+        unseen = options.tasks(check_task or task, **where)
+    same = [n for n in named if n in unseen and (n.endswith(".jsonl") or split == check_split)]
+    if same:
+        raise ValueError(
+            f"{same[0]} would be searched and measured on the same examples; give another "
+            "--check-split or --check-task, or --check-limit 0 to measure nothing."
+        )
+    checks = list(unseen.values())
+    ready([*named.values(), *checks])
+    reducer = foveate.reducer(method)
+    loaded, processor = options.load(model, dtype, device, threads, {})
+    said = {"search": kind, "model": model, "tasks": list(named), "split": split, "limit": limit}
+    said |= {"seed": seed, "objective": objective, "method": method, **asked}
+    facts = about(loaded, model) | {"split": check_split}
+    asked_of = said | {"weights": digest(loaded), "dtype": facts["dtype"]}
+    study = opened(storage or str(output.with_suffix(".study")), kind, asked_of, seed=seed)
+    begun = time.monotonic()
+    with (
+        options.waiting("the untouched model on the calibration set") as say,
+        tempfile.TemporaryDirectory(prefix="foveate-") as folder,
+    ):
+        calibration = Calibration(loaded, processor, list(named.values()), objective, batch)
+        held = int(memory * 2**30)
+        probe = Probe(Runner(loaded), calibration, reducer, Path(folder), memory=held)
+        yield Job(loaded, processor, facts, probe, study, checks, said, batch, output, begun, say)
+
+
+@app.command()
+def gsearch(
+    task: Task,
+    output: Out,
+    model: Model = "pinhole",
+    max_drop: Annotated[
+        str, typer.Option("--max-drop", help="Of the objective: 0.5% or 0.005; in nats for kl.")
+    ] = "0.5%",
+    confidence: Annotated[
+        float,
+        typer.Option(
+            "--confidence",
+            help="With which the drop, paired by example, is below --max-drop; 0.5: bare means.",
+        ),
+    ] = 0.8,
+    optimiser: Annotated[
+        str, typer.Option("--optimiser", help="bisect, or bo: the paper's Bayesian optimisation.")
+    ] = "bisect",
+    step: Annotated[float, typer.Option("--step", help="Keep ratios are multiples of it.")] = 1
+    / 64,
+    objective: Objective = "score",
+    method: Method = "attention",
+    first: First = 2,
+    data: Data = None,
+    split: Split = "train",
+    check_split: CheckSplit = "validation",
+    check_task: CheckTask = None,
+    limit: Limit = 128,
+    check_limit: CheckLimit = 200,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    storage: Storage = "",
+    memory: Memory = 2.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """G-Search: layer by layer, the least tokens that lose no more than --max-drop."""
+    from foveate.search.gsearch import GSearch, Tried, bayes, bisect
+
+    choosers = {"bisect": lambda: bisect(step), "bo": lambda: bayes(step, seed=seed)}
+    if optimiser not in choosers:
+        raise ValueError(f"--optimiser is {optimiser!r}; it is bisect or bo.")
+    if not 0.5 <= confidence < 1.0:
+        raise ValueError(f"--confidence is {confidence}; it is at least 0.5 and below 1.")
+    allowed = _drop(max_drop)
+    with _job(
+        "gsearch",
+        model=model,
+        task=task,
+        output=output,
+        objective=objective,
+        method=method,
+        data=data,
+        split=split,
+        check_split=check_split,
+        check_task=check_task,
+        limit=limit,
+        check_limit=check_limit,
+        seed=seed,
+        batch=batch,
+        storage=storage,
+        memory=memory,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_drop=allowed,
+        confidence=confidence,
+        optimiser=optimiser,
+        step=step,
+        first=first,
+    ) as job:
+        known = {
+            (t.user_attrs["layer"], round(t.user_attrs["keep"], 6)): Tried(**t.user_attrs)
+            for t in job.study.trials
+        }
+        search = GSearch(job.probe, allowed, confidence, choosers[optimiser](), step, first, known)
+        noted = len(known)
+        curve: list[float] = []
+        for curve in search.run():
+            for tried in list(search.known.values())[noted:]:
+                _note(job.study, asdict(tried))
+            noted = len(search.known)
+            layer = job.probe.layer
+            job.say(
+                f"layer {layer}: {curve[layer]:.3f} kept, {job.probe.runs} probes, "
+                f"{job.probe.forwards:.1f} forwards"
+            )
+        job.finish(curve, [asdict(t) for t in search.known.values()])
+
+
+def _note(study: Any, tried: Mapping[str, Any]) -> None:
+    import optuna
+
+    study.add_trial(optuna.trial.create_trial(value=tried["spare"], user_attrs=dict(tried)))
+
+
+def _drop(text: str) -> float:
+    """``0.5%`` or ``0.005`` to 0.005."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        drop = float(number) / (100 if percent else 1)
+    except ValueError:
+        drop = -1.0
+    if drop < 0 or rest:
+        raise ValueError(f"--max-drop is {text!r}; give 0.5% or 0.005.")
+    return drop
+
+
+@app.command()
+def psigmoid(
+    task: Task,
+    output: Out,
+    model: Model = "pinhole",
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Fraction of the FLOPs that vision tokens cost, (0, 1]."),
+    ] = None,
+    flops: Annotated[
+        str, typer.Option("--flops", help="Prefill FLOPs of the decoder layers, such as 2.74T.")
+    ] = "",
+    tokens: Annotated[
+        float | None, typer.Option("--tokens", help="Vision tokens, averaged over layers.")
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Slopes to try.")] = 20,
+    both: Annotated[
+        bool, typer.Option("--both", help="Search the height of the sigmoid, too.")
+    ] = False,
+    like: Annotated[
+        Path | None, typer.Option("--like", help="A recipe whose curve is fitted for a start.")
+    ] = None,
+    objective: Objective = "score",
+    method: Method = "attention",
+    first: First = 2,
+    data: Data = None,
+    split: Split = "train",
+    check_split: CheckSplit = "validation",
+    check_task: CheckTask = None,
+    limit: Limit = 128,
+    check_limit: CheckLimit = 200,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    storage: Storage = "",
+    memory: Memory = 2.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """P-Sigmoid: the sigmoid of depth that is best within a budget."""
+    import optuna
+
+    from foveate.recipe import Recipe
+    from foveate.search import budget as budgets
+    from foveate.search.psigmoid import PSigmoid
+
+    said = [n for n, v in (("--budget", budget), ("--flops", flops), ("--tokens", tokens)) if v]
+    if len(said) != 1:
+        raise ValueError(
+            f"The budget is said {len(said)} times; give one of --budget, --flops, --tokens."
+        )
+    start = Recipe.load(like).schedule.alive if like else ()
+    with _job(
+        "psigmoid",
+        model=model,
+        task=task,
+        output=output,
+        objective=objective,
+        method=method,
+        data=data,
+        split=split,
+        check_split=check_split,
+        check_task=check_task,
+        limit=limit,
+        check_limit=check_limit,
+        seed=seed,
+        batch=batch,
+        storage=storage,
+        memory=memory,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        budget=budget,
+        flops=flops,
+        tokens=tokens,
+        both=both,
+        first=first,
+    ) as job:
+        probe = job.probe
+        shape = probe.runner.shape
+        if budget:
+            limits = budgets.share(budget, shape, probe.lengths)
+        elif flops:
+            limits = budgets.flops(_number(flops), shape, probe.lengths)
+        else:
+            limits = budgets.tokens(tokens or 0.0, probe.lengths)
+        search = PSigmoid(probe, limits, first, None if both else 1.0)
+        probe.decide([1.0] * shape.layers, first)
+        if not job.study.trials:
+            search.begin(job.study, start)
+        done = [t for t in job.study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+        job.study.optimize(
+            search.objective,
+            n_trials=max(0, trials - len(done)),
+            callbacks=[lambda s, t: job.say(f"trial {t.number}: {t.value}, best {s.best_value}")],
+        )
+        best = job.study.best_trial
+        tried = [
+            {"value": t.value, **t.params, "alive": t.user_attrs.get("alive")}
+            for t in job.study.trials
+        ]
+        job.finish(best.user_attrs["alive"], tried, **best.params, value=best.value)
+
+
+def _number(text: str) -> float:
+    """``2.74T`` to 2.74e12."""
+    units = {"G": 1e9, "T": 1e12, "P": 1e15}
+    unit = units.get(text[-1:].upper())
+    try:
+        return float(text[:-1] if unit else text) * (unit or 1)
+    except ValueError:
+        raise ValueError(f"--flops is {text!r}; give a number such as 2.74T or 2.74e12.") from None

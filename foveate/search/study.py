@@ -1,0 +1,67 @@
+"""Where a search keeps what it tried: an Optuna study, in a file or a database.
+
+The same command goes on where it was stopped. A killed worker's trial is run again where the
+storage has heartbeats (databases, by URL).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.loading import missing
+
+if TYPE_CHECKING:
+    import optuna
+
+BEAT = 60  # seconds between signs of life; twice as long without one, and a trial counts as dead
+RETRIES = 3
+
+
+def opened(storage: str, name: str, asked: Mapping[str, Any], *, seed: int) -> optuna.Study:
+    """The study ``name``, to be maximised by Bayesian optimisation.
+
+    Args:
+        storage: a URL (``sqlite:///file.db``, ``postgresql://…``) or the path of a journal file.
+        asked: what decides the values; a study of anything else is refused.
+
+    Raises:
+        ImportError: without Optuna.
+        ValueError: for a study that was begun with another question.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise missing("optuna", "search") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=_storage(storage),
+        study_name=name,
+        direction="maximize",
+        sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=4),
+        load_if_exists=True,
+    )
+    before = study.user_attrs.get("asked")
+    now = json.loads(json.dumps(asked))
+    if before is None:
+        study.set_user_attr("asked", now)
+    elif before != now:
+        other = {k: (before.get(k), v) for k, v in now.items() if before.get(k) != v}
+        raise ValueError(
+            f"{storage} holds a search that was asked something else; (there, now) differ in "
+            f"{other}. Name another --storage or -o, or delete it to begin anew."
+        )
+    return study
+
+
+def _storage(where: str) -> Any:
+    from optuna import storages as kinds
+    from optuna.storages.journal import JournalFileBackend
+
+    if "://" in where:
+        again = kinds.RetryFailedTrialCallback(max_retry=RETRIES)
+        return kinds.RDBStorage(where, heartbeat_interval=BEAT, failed_trial_callback=again)
+    Path(where).parent.mkdir(parents=True, exist_ok=True)
+    return kinds.JournalStorage(JournalFileBackend(where))

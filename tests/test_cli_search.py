@@ -1,0 +1,99 @@
+"""``foveate search`` as a command: what it writes, going on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import LAYERS, VISION, never, refuses, works, wrote
+from PIL import Image
+
+import foveate
+from foveate.search.probe import Probe
+
+pytest.importorskip("optuna")
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def questions(file: str, seeds: range) -> None:
+    """A JSONL file about pictures of noise."""
+    said = []
+    for i in seeds:
+        pixels = np.random.default_rng(i).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"{i}.png")
+        said.append(json.dumps({"image": f"{i}.png", "question": "what is this", "answer": "no"}))
+    Path(file).write_text("\n".join(said) + "\n")
+
+
+@pytest.fixture
+def search(loaded, elsewhere) -> list[str]:
+    questions("seen.jsonl", range(5))
+    questions("unseen.jsonl", range(5, 9))
+    more = ["--task", "seen.jsonl", "--check-task", "unseen.jsonl", "--model", "tiny"]
+    return [*more, "--objective", "kl", "--batch", "3", "-o", "r.json"]
+
+
+def test_gsearch_writes_a_recipe_that_runs(search: list[str]) -> None:
+    said = works("search", "gsearch", *search, "--max-drop", "0.05", "--step", "0.125")
+    recipe = foveate.Recipe.load("r.json")
+    alive = recipe.schedule.alive
+    assert len(alive) == LAYERS and alive[:2] == (1.0, 1.0)
+    assert all(a * 8 == int(a * 8) and a > 0 for a in alive)
+    assert recipe.provenance["tasks"] == ["seen.jsonl"] and recipe.provenance["layers"] == LAYERS
+    report = wrote("r.search.json")
+    assert report["alive"] == list(alive) and Path("r.png").stat().st_size > 1000
+    assert {"score", "dense", "flops_ratio", "evaluations", "forward_equivalents"} <= set(report)
+    assert "r.json:" in said and "probes" in said
+    for tried in report["tried"]:
+        accepted = tried["spare"] >= 0
+        assert accepted or alive[tried["layer"]] > tried["keep"]
+    (dense, found) = report["rows"]
+    assert dense["task"] == "unseen" and dense["n"] == 4
+    works("eval", "--task", "unseen.jsonl", "--model", "tiny", "--recipe", "r.json", "--json", "e")
+    assert wrote("e")["rows"][1]["score"] == found["score"]
+
+
+def test_a_search_goes_on(search: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["search", "gsearch", *search, "--step", "0.25"]
+    works(*command)
+    first = foveate.Recipe.load("r.json").schedule
+    monkeypatch.setattr(Probe, "values", never)
+    works(*command)
+    assert foveate.Recipe.load("r.json").schedule == first
+    said = refuses(*command, "--max-drop", "1%")
+    assert "max_drop" in said and "--storage" in said
+
+
+def test_psigmoid_keeps_to_its_budget(search: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["search", "psigmoid", *search, "--tokens", "18", "--first", "1"]
+    works(*command, "--trials", "3")
+    schedule = foveate.Recipe.load("r.json").schedule
+    kept = [schedule.count(b, VISION) for b in range(LAYERS)]
+    assert 17 < sum(kept) / LAYERS <= 18 and kept[0] == VISION
+    assert len(wrote("r.search.json")["tried"]) == 3
+    works(*command, "--trials", "5")
+    assert len(wrote("r.search.json")["tried"]) == 5
+    monkeypatch.setattr(Probe, "values", never)
+    works(*command, "--trials", "5")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["psigmoid", "--tokens", "9", "--budget", "0.5"], "said 2 times"),
+        (["psigmoid"], "said 0 times"),
+        (["psigmoid", "--tokens", "1"], "cannot be met"),
+        (["psigmoid", "--flops", "many"], "2.74T"),
+        (["gsearch", "--max-drop", "some"], "0.5%"),
+        (["gsearch", "--optimiser", "grid"], "bisect or bo"),
+        (["gsearch", "--confidence", "0.2"], "at least 0.5"),
+        (["gsearch", "--objective", "loss"], "score, match, kl"),
+        (["gsearch", "--method", "atention"], "attention"),
+        (["gsearch", "--check-task", "seen.jsonl"], "same examples"),
+    ],
+)
+def test_bad_input(search: list[str], more: list[str], said: str) -> None:
+    kind, *rest = more
+    assert said in refuses("search", kind, *search, *rest)
