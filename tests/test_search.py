@@ -168,7 +168,7 @@ def test_gsearch_finds_the_least_of_every_layer(optimiser: str) -> None:
         pytest.importorskip("optuna")
     choose = bisect(1 / 32) if optimiser == "bisect" else bayes(1 / 32, trials=14)
     probe = Nested(LEAST)
-    search = GSearch(probe, max_drop=0.01, choose=choose, step=1 / 32)  # type: ignore[arg-type]
+    search = GSearch(probe, max_drop=0.01, choose=choose)  # type: ignore[arg-type]
     curves = list(search.run())
     assert len(curves) == len(LEAST) - 2
     if optimiser == "bisect":
@@ -178,7 +178,7 @@ def test_gsearch_finds_the_least_of_every_layer(optimiser: str) -> None:
         assert all(c >= e for c, e in zip(curves[-1], LEAST, strict=True))
         assert sum(curves[-1]) <= sum(LEAST) + 0.2
     again = Nested(LEAST)
-    more = GSearch(again, 0.01, choose=choose, step=1 / 32, known=search.known)  # type: ignore[arg-type]
+    more = GSearch(again, 0.01, choose=choose, known=search.tried)  # type: ignore[arg-type]
     assert list(more.run()) == curves and again.asked == 0, "what was tried was tried again"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,28 +115,29 @@ class Job:
 @contextmanager
 def _job(
     kind: str,
+    asked: Mapping[str, Any],
     *,
-    model: str,
-    task: Sequence[str],
-    output: Path,
-    objective: str,
-    method: str,
-    data: Path | None,
-    split: str,
-    check_split: str,
-    check_task: Sequence[str] | None,
-    limit: int,
-    check_limit: int,
-    seed: int,
-    batch: int,
-    storage: str,
-    memory: float,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    **asked: Any,
+    task: Task,
+    output: Out,
+    model: Model = "pinhole",
+    objective: Objective = "score",
+    method: Method = "attention",
+    first: First = 2,
+    data: Data = None,
+    split: Split = "train",
+    check_split: CheckSplit = "validation",
+    check_task: CheckTask = None,
+    limit: Limit = 128,
+    check_limit: CheckLimit = 200,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    storage: Storage = "",
+    memory: Memory = 2.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
 ) -> Iterator[Job]:
-    """Everything before the first probe."""
+    """Everything before the first probe. Its options are those that all searches share."""
     import foveate
     from foveate.bench import about
     from foveate.evaluate import digest, ready
@@ -160,7 +163,7 @@ def _job(
     reducer = foveate.reducer(method)
     loaded, processor = options.load(model, dtype, device, threads, {})
     said = {"search": kind, "model": model, "tasks": list(named), "split": split, "limit": limit}
-    said |= {"seed": seed, "objective": objective, "method": method, **asked}
+    said |= {"seed": seed, "objective": objective, "method": method, "first": first, **asked}
     facts = about(loaded, model) | {"split": check_split}
     asked_of = said | {"weights": digest(loaded), "dtype": facts["dtype"]}
     study = opened(storage or str(output.with_suffix(".study")), kind, asked_of, seed=seed)
@@ -175,11 +178,31 @@ def _job(
         yield Job(loaded, processor, facts, probe, study, checks, said, batch, output, begun, say)
 
 
+def _sharing(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with the options of ``_job`` besides its own; it gets them as ``shared``."""
+
+    def named(function: Any) -> dict[str, inspect.Parameter]:
+        given = inspect.signature(function, eval_str=True).parameters.values()
+        return {p.name: p for p in given if p.kind is p.KEYWORD_ONLY}
+
+    common, own = named(_job), named(command)
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        shared = {name: options.pop(name) for name in common}
+        command(shared, **options)
+
+    every = [*common.values(), *own.values()]
+    run.__annotations__ = {p.name: p.annotation for p in every}
+    vars(run)["__signature__"] = inspect.Signature(every)
+    return run
+
+
 @app.command()
+@_sharing
 def gsearch(
-    task: Task,
-    output: Out,
-    model: Model = "pinhole",
+    shared: Mapping[str, Any],
+    *,
     max_drop: Annotated[
         str, typer.Option("--max-drop", help="Of the objective: 0.5% or 0.005; in nats for kl.")
     ] = "0.5%",
@@ -195,75 +218,35 @@ def gsearch(
     ] = "bisect",
     step: Annotated[float, typer.Option("--step", help="Keep ratios are multiples of it.")] = 1
     / 64,
-    objective: Objective = "score",
-    method: Method = "attention",
-    first: First = 2,
-    data: Data = None,
-    split: Split = "train",
-    check_split: CheckSplit = "validation",
-    check_task: CheckTask = None,
-    limit: Limit = 128,
-    check_limit: CheckLimit = 200,
-    seed: Seed = 0,
-    batch: Batch = 8,
-    storage: Storage = "",
-    memory: Memory = 2.0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """G-Search: layer by layer, the least tokens that lose no more than --max-drop."""
     from foveate.search.gsearch import GSearch, Tried, bayes, bisect
 
-    choosers = {"bisect": lambda: bisect(step), "bo": lambda: bayes(step, seed=seed)}
+    choosers = {"bisect": lambda: bisect(step), "bo": lambda: bayes(step, seed=shared["seed"])}
     if optimiser not in choosers:
         raise ValueError(f"--optimiser is {optimiser!r}; it is bisect or bo.")
     if not 0.5 <= confidence < 1.0:
         raise ValueError(f"--confidence is {confidence}; it is at least 0.5 and below 1.")
     allowed = _drop(max_drop)
-    with _job(
-        "gsearch",
-        model=model,
-        task=task,
-        output=output,
-        objective=objective,
-        method=method,
-        data=data,
-        split=split,
-        check_split=check_split,
-        check_task=check_task,
-        limit=limit,
-        check_limit=check_limit,
-        seed=seed,
-        batch=batch,
-        storage=storage,
-        memory=memory,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        max_drop=allowed,
-        confidence=confidence,
-        optimiser=optimiser,
-        step=step,
-        first=first,
-    ) as job:
-        known = {
-            (t.user_attrs["layer"], round(t.user_attrs["keep"], 6)): Tried(**t.user_attrs)
-            for t in job.study.trials
-        }
-        search = GSearch(job.probe, allowed, confidence, choosers[optimiser](), step, first, known)
-        noted = len(known)
+    asked = {"max_drop": allowed, "confidence": confidence, "optimiser": optimiser, "step": step}
+    with _job("gsearch", asked, **shared) as job:
+        search = GSearch(
+            job.probe,
+            allowed,
+            confidence,
+            choosers[optimiser](),
+            shared["first"],
+            known=[Tried(**t.user_attrs) for t in job.study.trials],
+            note=lambda tried: _note(job.study, asdict(tried)),
+        )
         curve: list[float] = []
         for curve in search.run():
-            for tried in list(search.known.values())[noted:]:
-                _note(job.study, asdict(tried))
-            noted = len(search.known)
             layer = job.probe.layer
             job.say(
                 f"layer {layer}: {curve[layer]:.3f} kept, {job.probe.runs} probes, "
                 f"{job.probe.forwards:.1f} forwards"
             )
-        job.finish(curve, [asdict(t) for t in search.known.values()])
+        job.finish(curve, [asdict(t) for t in search.tried])
 
 
 def _note(study: Any, tried: Mapping[str, Any]) -> None:
@@ -285,10 +268,10 @@ def _drop(text: str) -> float:
 
 
 @app.command()
+@_sharing
 def psigmoid(
-    task: Task,
-    output: Out,
-    model: Model = "pinhole",
+    shared: Mapping[str, Any],
+    *,
     budget: Annotated[
         float | None,
         typer.Option("--budget", help="Fraction of the FLOPs that vision tokens cost, (0, 1]."),
@@ -306,22 +289,6 @@ def psigmoid(
     like: Annotated[
         Path | None, typer.Option("--like", help="A recipe whose curve is fitted for a start.")
     ] = None,
-    objective: Objective = "score",
-    method: Method = "attention",
-    first: First = 2,
-    data: Data = None,
-    split: Split = "train",
-    check_split: CheckSplit = "validation",
-    check_task: CheckTask = None,
-    limit: Limit = 128,
-    check_limit: CheckLimit = 200,
-    seed: Seed = 0,
-    batch: Batch = 8,
-    storage: Storage = "",
-    memory: Memory = 2.0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
 ) -> None:
     """P-Sigmoid: the sigmoid of depth that is best within a budget."""
     import optuna
@@ -336,32 +303,8 @@ def psigmoid(
             f"The budget is said {len(said)} times; give one of --budget, --flops, --tokens."
         )
     start = Recipe.load(like).schedule.alive if like else ()
-    with _job(
-        "psigmoid",
-        model=model,
-        task=task,
-        output=output,
-        objective=objective,
-        method=method,
-        data=data,
-        split=split,
-        check_split=check_split,
-        check_task=check_task,
-        limit=limit,
-        check_limit=check_limit,
-        seed=seed,
-        batch=batch,
-        storage=storage,
-        memory=memory,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        budget=budget,
-        flops=flops,
-        tokens=tokens,
-        both=both,
-        first=first,
-    ) as job:
+    asked = {"budget": budget, "flops": flops, "tokens": tokens, "both": both}
+    with _job("psigmoid", asked, **shared) as job:
         probe = job.probe
         shape = probe.runner.shape
         if budget:
@@ -370,8 +313,8 @@ def psigmoid(
             limits = budgets.flops(_number(flops), shape, probe.lengths)
         else:
             limits = budgets.tokens(tokens or 0.0, probe.lengths)
-        search = PSigmoid(probe, limits, first, None if both else 1.0)
-        probe.decide([1.0] * shape.layers, first)
+        search = PSigmoid(probe, limits, shared["first"], None if both else 1.0)
+        probe.decide([1.0] * shape.layers, shared["first"])
         if not job.study.trials:
             search.begin(job.study, start)
         done = [t for t in job.study.trials if t.state == optuna.trial.TrialState.COMPLETE]

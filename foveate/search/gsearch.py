@@ -14,7 +14,7 @@ given confidence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from foveate.search.objective import lower
@@ -54,22 +54,27 @@ class GSearch:
         probe: the calibration set, before layer 0.
         max_drop: of the objective's mean, in its own unit (0.005 is half a point of accuracy).
         confidence: with which the drop is below ``max_drop``; 0.5 compares the bare means.
-        step: keep ratios are multiples of it.
+        choose: how the least ratio of a layer is looked for; None means ``bisect(STEP)``.
         first: the first layer that may be reduced.
         known: what was tried before (a search that goes on).
+        note: told of every further one at once.
+        tried: all of them.
     """
 
     probe: Probe
     max_drop: float
     confidence: float = 0.8
     choose: Choose | None = None
-    step: float = STEP
     first: int = FIRST
-    known: dict[tuple[int, float], Tried] = field(default_factory=dict)
+    known: Sequence[Tried] = ()
+    note: Callable[[Tried], object] | None = None
+
+    def __post_init__(self) -> None:
+        self.tried = list(self.known)
 
     def run(self) -> Iterator[list[float]]:
         """Yields the curve after each layer; the deeper ones hold the value of the last."""
-        layers, choose = self.probe.runner.shape.layers, self.choose or bisect(self.step)
+        layers, choose = self.probe.runner.shape.layers, self.choose or bisect(STEP)
         alive = [self.probe.runner.keep] * layers
         for layer in range(self.first, layers):
             self.probe.decide(alive, layer)
@@ -79,14 +84,17 @@ class GSearch:
 
     def _probing(self, alive: Sequence[float], layer: int) -> Callable[[float], float]:
         def spare(keep: float) -> float:
-            key = layer, round(keep, 6)
-            if key not in self.known:
-                self.known[key] = self._tried(alive, layer, keep)
-            return self.known[key].spare
+            for before in self.tried:
+                if before.layer == layer and abs(before.keep - keep) < 1e-6:
+                    return before.spare
+            self.tried.append(self._try(alive, layer, keep))
+            if self.note:
+                self.note(self.tried[-1])
+            return self.tried[-1].spare
 
         return spare
 
-    def _tried(self, alive: Sequence[float], layer: int, keep: float) -> Tried:
+    def _try(self, alive: Sequence[float], layer: int, keep: float) -> Tried:
         curve = [*alive[:layer], *[keep] * (len(alive) - layer)]
         pairs = zip(self.probe.values(curve), self.probe.dense, strict=True)
         apart = [mine - dense for mine, dense in pairs]
