@@ -49,7 +49,8 @@ def test_leaves_do_not_reach_inside(leaf: str) -> None:
 def test_the_core_knows_no_leaf() -> None:
     core = ["reducer", "schedule", "recipe", "adapter", "session", "report", "cost"]
     core += ["prompt", "entrance", "watch"]
-    leaves = ("cli", "bench", "trace", "evaluate", "lmms", "tasks", "pinhole", "shapes")
+    leaves = ("cli", "bench", "trace", "evaluate", "lmms", "search")
+    leaves += ("tasks", "pinhole", "shapes")
     for module in core:
         for name in imported(ROOT / f"{module}.py"):
             assert not name.startswith(tuple(f"foveate.{leaf}" for leaf in leaves)), (module, name)
