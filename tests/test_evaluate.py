@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from asking import Listed, asked, chosen
+from asking import Listed, asked, chosen, noise
 
 import foveate
 from foveate.answer import answer
 from foveate.evaluate import BLANK, baselines, evaluate
 from foveate.journal import Journal
+from foveate.pinhole.outliers import kept
 from foveate.statistics import difference, interval, mcnemar
 from foveate.tasks import Example
 
@@ -201,6 +202,16 @@ def test_the_processor_and_the_model_are_left_as_they_were(pair: tuple[Any, Any]
 def test_nothing_to_ask_is_an_error(pair: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="nothing to ask"):
         evaluate(*pair, [Listed([])], {})
+
+
+def test_outliers_are_counted_image_by_image(pair: tuple[Any, Any]) -> None:
+    """As in one batch; adaptive PruMerge keeps an image's outliers and one token besides."""
+    images = [noise(i) for i in range(4)]
+    found = kept(*pair, images)
+    some = [Example(image, "aa bb", "") for image in images]
+    with foveate.reduced(pair[0], foveate.recipe("prumerge")) as report:
+        answer(*pair, some, max_new_tokens=1)
+    assert found == report.alive[0] and min(found) >= 2
 
 
 # --- the journal -------------------------------------------------------------------------------
