@@ -79,6 +79,27 @@ def test_psigmoid_keeps_to_its_budget(search: list[str], monkeypatch: pytest.Mon
     works(*command, "--trials", "5")
 
 
+def test_auto_writes_its_front_and_what_to_take(search: list[str]) -> None:
+    works("search", "auto", *search, "--budget", "0.5", "--trials", "8")
+    report, tried = wrote("r.search.json"), wrote("r.search.json")["tried"]
+    assert report["value"] == max(t["value"] for t in tried) and report["share"] <= 0.5
+    files = sorted(Path("r.front").glob("*.json"))
+    assert len(files) == report["front"] >= 1 and Path("r.front/front.png").is_file()
+    assert foveate.Recipe.load(files[-1]).schedule == foveate.Recipe.load("r.json").schedule
+    more = [*search[:-1], "loose.json", "--max-drop", "9", "--trials", "8"]
+    works("search", "auto", *more)
+    loose = wrote("loose.search.json")
+    assert loose["share"] == min(t["share"] for t in loose["tried"])
+
+
+def test_analysis_says_what_it_saw(search: list[str]) -> None:
+    said = works("search", "analyse", "--task", "seen.jsonl", "--model", "tiny", "-o", "a.json")
+    found = wrote("a.json")
+    assert (len(found["tau"]), len(found["mass"]), found["examples"]) == (LAYERS - 1, LAYERS, 5)
+    assert Path("a.png").stat().st_size > 1000
+    assert f"{found['tau'][0]:.2f}" in said and "aim-merge:keep=0.25" in said
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -92,6 +113,9 @@ def test_psigmoid_keeps_to_its_budget(search: list[str], monkeypatch: pytest.Mon
         (["gsearch", "--objective", "loss"], "score, match, kl"),
         (["gsearch", "--method", "atention"], "attention"),
         (["gsearch", "--check-task", "seen.jsonl"], "same examples"),
+        (["auto"], "either --budget"),
+        (["auto", "--budget", "0.1", "--max-drop", "1%"], "either --budget"),
+        (["auto", "--budget", "2"], "(0, 1]"),
     ],
 )
 def test_bad_input(search: list[str], more: list[str], said: str) -> None:

@@ -7,25 +7,29 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from asking import Listed, asked, chosen
 
 import foveate
+from foveate.adapter import vision_rows
 from foveate.answer import answer
 from foveate.cost import TextShape
 from foveate.evaluate import evaluate
 from foveate.recipe import Recipe
 from foveate.schedule import Schedule
 from foveate.search import budget
+from foveate.search.analyse import analyse
+from foveate.search.auto import STARTS, Auto, complete, front
 from foveate.search.gsearch import GSearch, bayes, bisect
-from foveate.search.objective import Calibration, lower
+from foveate.search.objective import Calibration, lower, prompts
 from foveate.search.prefix import Batch, Runner, Shelf
 from foveate.search.probe import Probe
 from foveate.search.psigmoid import PSigmoid, fit
@@ -86,7 +90,7 @@ TWO_D = ("input_ids", "attention_mask", "mm_token_type_ids")
 def test_a_walk_gives_what_prefill_and_decoding_give(family: tiny.Family, method: str) -> None:
     model, batch = family.build(), batch_of(family, [1, 1])
     runner = Runner(model)
-    state, _ = runner.start(batch)
+    state = runner.start(batch)
     recipe = runner.recipe(CURVE, foveate.reducer(method))
     walked = runner.logits(runner.run(state, recipe).hidden, batch)
     used = in_use(model, batch, recipe)
@@ -99,7 +103,7 @@ def test_with_an_entrance_too(entrance: str) -> None:
     family = tiny.FAMILIES["llava"]
     model, batch = family.build(), batch_of(family, [1, 1])
     runner = Runner(model, foveate.reducer(entrance), keep=0.5)
-    state, _ = runner.start(batch)
+    state = runner.start(batch)
     recipe = runner.recipe([0.5, 0.5, 0.4, 0.4, 0.2, 0.2], foveate.reducer("attention"))
     walked = runner.logits(runner.run(state, recipe).hidden, batch)
     real = batch.answer >= 0
@@ -113,7 +117,7 @@ def test_going_on_from_the_middle_is_going_on(stop: int, tmp_path: Path) -> None
     family = tiny.FAMILIES["llava-onevision"]
     model, batch = family.build(), batch_of(family, [1, 2])
     runner, method = Runner(model), foveate.reducer("attention")
-    state, _ = runner.start(batch)
+    state = runner.start(batch)
     before, tail = CURVE[:stop], min(CURVE[stop], 0.2)
     whole = runner.run(state, runner.recipe([*before, *[tail] * (6 - stop)], method))
     kept = runner.run(state, runner.recipe([*before, *[0.0] * (6 - stop)], method), stop)
@@ -130,12 +134,11 @@ def test_nothing_cut_is_the_untouched_model() -> None:
     family = tiny.FAMILIES["llava"]
     model, batch = family.build(), batch_of(family, [1, 1])
     runner = Runner(model)
-    state, last = runner.start(batch)
-    flat = runner.recipe([1.0] * 6, None)
-    assert torch.equal(runner.run(state, flat).hidden, last)
+    last = runner.flat(runner.start(batch))
     dense = model(**batch.inputs).logits[:, -4:-1]
     torch.testing.assert_close(runner.logits(last, batch), dense)
-    assert Schedule(alive=(1.0,) * 6).cuts() == ()
+    lengths = batch.inputs["attention_mask"].sum(-1).tolist()
+    assert runner.flops == 6 * sum(runner.shape.layer_flops(n) for n in lengths)
 
 
 # --- G-Search ----------------------------------------------------------------------------------
@@ -367,3 +370,98 @@ def test_deciding_costs_one_layer_and_changes_nothing(
     assert probe.values([1.0, 0.5, 0.25]) == pytest.approx(whole, abs=1e-4)
     assert 0 < probe.forwards - before < 1 / 3
     assert probe.runs == 2
+
+
+# --- analysis ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_analysis_is_what_the_attention_maps_say(pair: tuple[Any, Any]) -> None:
+    """tau and mass from eager attention maps; redundancy by a loop over tokens."""
+    stats = pytest.importorskip("scipy.stats")
+    model, processor = pair
+    some = asked(3).examples
+    found = analyse(model, processor, some, merged=("pool:keep=0.25",))
+    taus, masses, near = [], [], []
+    for example in some:
+        inputs = prompts(model, processor, [example])
+        vision = vision_rows(model, inputs["input_ids"])[0]
+        last = int(vision.nonzero()[-1])
+        model.set_attn_implementation("eager")
+        try:
+            out = model(**inputs, output_attentions=True, output_hidden_states=True)
+        finally:
+            model.set_attn_implementation("sdpa")
+        scores = [a[0].mean(0)[last + 1 :].mean(0)[vision].double() for a in out.attentions]
+        masses.append([float(s.sum()) for s in scores])
+        taus.append([stats.kendalltau(a, b).statistic for a, b in pairwise(scores)])
+        rows = out.hidden_states[0][0][vision]
+        for i, row in enumerate(rows):
+            others = [torch.cosine_similarity(row, o, 0) for j, o in enumerate(rows) if j != i]
+            near.append(float(max(others)))
+    assert found.examples == 3
+    assert found.tau == pytest.approx(np.mean(taus, 0).tolist(), abs=1e-3)
+    assert found.mass == pytest.approx(np.mean(masses, 0).tolist(), abs=1e-4)
+    assert found.redundancy["untouched"] == pytest.approx(np.mean(near), abs=1e-4)
+    assert set(found.redundancy) == {"untouched", "pool:keep=0.25"}
+
+
+def test_analysis_needs_a_ranking_by_attention(pair: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="take attention or fastv"):
+        analyse(*pair, asked(1).examples, method="random")
+
+
+# --- auto --------------------------------------------------------------------------------------
+
+
+def searched(pair: tuple[Any, Any], share: float, trials: int = 14) -> tuple[Auto, Any]:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    model, processor = pair
+    search = Auto(model, Calibration(model, processor, [asked()], "kl", 4), (share / 4, share))
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=optuna.samplers.TPESampler(seed=0)
+    )
+    search.begin(study)
+    study.optimize(search.objective, n_trials=trials)
+    return search, study
+
+
+def test_auto_begins_with_the_papers_settings_and_keeps_to_its_budget(
+    pair: tuple[Any, Any],
+) -> None:
+    search, study = searched(pair, 0.5)
+    done = complete(study)
+    first = [(t.params["entrance"], t.params["layers"]) for t in study.trials[: len(STARTS)]]
+    assert first == [(s["entrance"], s["layers"]) for s in STARTS]
+    assert len(done) > 6 and all(t.values[1] <= 0.5 + 1e-9 for t in done)
+    assert len({t.params["entrance"] for t in done}) > 2
+    best = max(t.values[0] for t in done)
+    assert best >= max(t.values[0] for t in done[: len(STARTS)])
+    assert search.runs == len(done) and search.forwards < 1 + len(done)
+
+
+def test_auto_measures_what_is_used(pair: tuple[Any, Any]) -> None:
+    """Value and cost of every trial are those of its recipe as written."""
+    search, study = searched(pair, 0.6, trials=8)
+    shape, flat = search.shape, search.lengths
+    for trial in complete(study):
+        recipe = Recipe.from_dict(trial.user_attrs["recipe"])
+        counts = [[recipe.schedule.count(b, n) for b in range(3)] for _, n in flat]
+        pairs = zip(flat, counts, strict=True)
+        flops = sum(shape.layer_flops(text + n) for (text, _), mine in pairs for n in mine)
+        floor = sum(shape.layer_flops(text) for text, _ in flat) * 3
+        whole = sum(shape.layer_flops(text + n) for text, n in flat) * 3
+        assert trial.values[1] == pytest.approx((flops - floor) / (whole - floor))
+        again = search.values(recipe)
+        assert trial.values[0] == pytest.approx(sum(again) / 7, abs=1e-6)
+        assert search.apart(trial) == pytest.approx(
+            [a - b for a, b in zip(again, search.dense, strict=True)], abs=1e-6
+        )
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    points = [(0.9, 0.5), (0.8, 0.2), (0.7, 0.3), (0.9, 0.6), (0.5, 0.1), (0.5, 0.15)]
+    trials = [SimpleNamespace(values=p) for p in points]
+    kept = [t.values for t in front(trials)]  # type: ignore[arg-type]
+    assert kept == [(0.5, 0.1), (0.8, 0.2), (0.9, 0.5)]

@@ -11,12 +11,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import foveate
 from foveate.cli import options, tables
 from foveate.cli.options import Device, Dtype, Model, Threads
+from foveate.search.study import Direction
+
+if TYPE_CHECKING:
+    from foveate.recipe import Recipe
+    from foveate.search.auto import Auto
+    from foveate.search.probe import Probe
 
 app = typer.Typer(
     help="Search a recipe: gsearch loses nothing, psigmoid keeps to a budget.",
@@ -52,6 +59,13 @@ Seed = Annotated[int, typer.Option("--seed")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Examples at once.")]
 First = Annotated[int, typer.Option("--first", min=1, help="The first layer with fewer tokens.")]
 Method = Annotated[str, typer.Option("--method", help="What ranks tokens between layers.")]
+Confidence = Annotated[
+    float,
+    typer.Option(
+        "--confidence",
+        help="With which the drop, paired by example, is below --max-drop; 0.5: bare means.",
+    ),
+]
 Storage = Annotated[
     str, typer.Option("--storage", help="URL or file of the Optuna study; default: beside -o.")
 ]
@@ -67,23 +81,38 @@ class Job:
     model: Any
     processor: Any
     about: Mapping[str, Any]
-    probe: Any
+    calibration: Any
     study: Any
     checks: Sequence[Any]
     asked: Mapping[str, Any]
     batch: int
     output: Path
+    folder: Path
     begun: float
     say: Callable[[str], object]
 
-    def finish(self, curve: Sequence[float], tried: Sequence[Any], **facts: Any) -> None:
+    def probe(self, method: str, memory: float) -> Probe:
+        """The calibration set before layer 0."""
+        from foveate.search.prefix import Runner
+        from foveate.search.probe import Probe
+
+        held, reducer = int(memory * 2**30), foveate.reducer(method)
+        return Probe(Runner(self.model), self.calibration, reducer, self.folder, memory=held)
+
+    def finish(
+        self,
+        recipe: Recipe,
+        search: Probe | Auto,
+        tried: Sequence[Any],
+        **facts: Any,
+    ) -> None:
         """Measure the found recipe, write it with its report and picture, and say what it is."""
         from foveate.search.found import held_out, picture, stamped
 
-        recipe = self.probe.runner.recipe(curve, self.probe.method)
+        curve = recipe.schedule.alive
         spent = {
-            "evaluations": self.probe.runs,
-            "forward_equivalents": round(self.probe.forwards, 2),
+            "evaluations": search.runs,
+            "forward_equivalents": round(search.forwards, 2),
             "seconds": round(time.monotonic() - self.begun, 1),
         }
         measured: dict[str, Any] = {}
@@ -93,8 +122,7 @@ class Job:
                 self.model, self.processor, self.checks, recipe, batch_size=self.batch
             )
         rows = measured.pop("rows", [])
-        fingerprint = self.probe.calibration.fingerprint
-        known = {**self.asked, "data": fingerprint, **facts, **measured}
+        known = {**self.asked, "data": self.calibration.fingerprint, **facts, **measured}
         recipe = stamped(recipe, self.model.config, known)
         recipe.save(self.output)
         report = {"recipe": str(self.output), **measured, **spent, **facts, "alive": list(curve)}
@@ -116,13 +144,12 @@ class Job:
 def _job(
     kind: str,
     asked: Mapping[str, Any],
+    directions: Sequence[Direction] = ("maximize",),
     *,
     task: Task,
     output: Out,
     model: Model = "pinhole",
     objective: Objective = "score",
-    method: Method = "attention",
-    first: First = 2,
     data: Data = None,
     split: Split = "train",
     check_split: CheckSplit = "validation",
@@ -132,18 +159,14 @@ def _job(
     seed: Seed = 0,
     batch: Batch = 8,
     storage: Storage = "",
-    memory: Memory = 2.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
 ) -> Iterator[Job]:
     """Everything before the first probe. Its options are those that all searches share."""
-    import foveate
     from foveate.bench import about
     from foveate.evaluate import digest, ready
     from foveate.search.objective import Calibration
-    from foveate.search.prefix import Runner
-    from foveate.search.probe import Probe
     from foveate.search.study import opened
 
     options.no_shape(model, "search")
@@ -160,22 +183,32 @@ def _job(
         )
     checks = list(unseen.values())
     ready([*named.values(), *checks])
-    reducer = foveate.reducer(method)
     loaded, processor = options.load(model, dtype, device, threads, {})
     said = {"search": kind, "model": model, "tasks": list(named), "split": split, "limit": limit}
-    said |= {"seed": seed, "objective": objective, "method": method, "first": first, **asked}
+    said |= {"seed": seed, "objective": objective, **asked}
     facts = about(loaded, model) | {"split": check_split}
     asked_of = said | {"weights": digest(loaded), "dtype": facts["dtype"]}
-    study = opened(storage or str(output.with_suffix(".study")), kind, asked_of, seed=seed)
+    place = storage or str(output.with_suffix(".study"))
+    study = opened(place, kind, asked_of, seed=seed, directions=directions)
     begun = time.monotonic()
     with (
         options.waiting("the untouched model on the calibration set") as say,
         tempfile.TemporaryDirectory(prefix="foveate-") as folder,
     ):
-        calibration = Calibration(loaded, processor, list(named.values()), objective, batch)
-        held = int(memory * 2**30)
-        probe = Probe(Runner(loaded), calibration, reducer, Path(folder), memory=held)
-        yield Job(loaded, processor, facts, probe, study, checks, said, batch, output, begun, say)
+        yield Job(
+            model=loaded,
+            processor=processor,
+            about=facts,
+            calibration=Calibration(loaded, processor, list(named.values()), objective, batch),
+            study=study,
+            checks=checks,
+            asked=said,
+            batch=batch,
+            output=output,
+            folder=Path(folder),
+            begun=begun,
+            say=say,
+        )
 
 
 def _sharing(command: Callable[..., None]) -> Callable[..., None]:
@@ -206,18 +239,15 @@ def gsearch(
     max_drop: Annotated[
         str, typer.Option("--max-drop", help="Of the objective: 0.5% or 0.005; in nats for kl.")
     ] = "0.5%",
-    confidence: Annotated[
-        float,
-        typer.Option(
-            "--confidence",
-            help="With which the drop, paired by example, is below --max-drop; 0.5: bare means.",
-        ),
-    ] = 0.8,
+    confidence: Confidence = 0.8,
     optimiser: Annotated[
         str, typer.Option("--optimiser", help="bisect, or bo: the paper's Bayesian optimisation.")
     ] = "bisect",
     step: Annotated[float, typer.Option("--step", help="Keep ratios are multiples of it.")] = 1
     / 64,
+    method: Method = "attention",
+    first: First = 2,
+    memory: Memory = 2.0,
 ) -> None:
     """G-Search: layer by layer, the least tokens that lose no more than --max-drop."""
     from foveate.search.gsearch import GSearch, Tried, bayes, bisect
@@ -225,28 +255,30 @@ def gsearch(
     choosers = {"bisect": lambda: bisect(step), "bo": lambda: bayes(step, seed=shared["seed"])}
     if optimiser not in choosers:
         raise ValueError(f"--optimiser is {optimiser!r}; it is bisect or bo.")
-    if not 0.5 <= confidence < 1.0:
-        raise ValueError(f"--confidence is {confidence}; it is at least 0.5 and below 1.")
     allowed = _drop(max_drop)
-    asked = {"max_drop": allowed, "confidence": confidence, "optimiser": optimiser, "step": step}
+    foveate.reducer(method)
+    asked: dict[str, Any] = {"max_drop": allowed, "confidence": _sure(confidence), "step": step}
+    asked |= {"optimiser": optimiser, "method": method, "first": first}
     with _job("gsearch", asked, **shared) as job:
+        probe = job.probe(method, memory)
         search = GSearch(
-            job.probe,
+            probe,
             allowed,
             confidence,
             choosers[optimiser](),
-            shared["first"],
+            first,
             known=[Tried(**t.user_attrs) for t in job.study.trials],
             note=lambda tried: _note(job.study, asdict(tried)),
         )
         curve: list[float] = []
         for curve in search.run():
-            layer = job.probe.layer
+            layer = probe.layer
             job.say(
-                f"layer {layer}: {curve[layer]:.3f} kept, {job.probe.runs} probes, "
-                f"{job.probe.forwards:.1f} forwards"
+                f"layer {layer}: {curve[layer]:.3f} kept, {probe.runs} probes, "
+                f"{probe.forwards:.1f} forwards"
             )
-        job.finish(curve, [asdict(t) for t in search.tried])
+        recipe = probe.runner.recipe(curve, probe.method)
+        job.finish(recipe, probe, [asdict(t) for t in search.tried])
 
 
 def _note(study: Any, tried: Mapping[str, Any]) -> None:
@@ -289,6 +321,9 @@ def psigmoid(
     like: Annotated[
         Path | None, typer.Option("--like", help="A recipe whose curve is fitted for a start.")
     ] = None,
+    method: Method = "attention",
+    first: First = 2,
+    memory: Memory = 2.0,
 ) -> None:
     """P-Sigmoid: the sigmoid of depth that is best within a budget."""
     import optuna
@@ -304,8 +339,9 @@ def psigmoid(
         )
     start = Recipe.load(like).schedule.alive if like else ()
     asked = {"budget": budget, "flops": flops, "tokens": tokens, "both": both}
-    with _job("psigmoid", asked, **shared) as job:
-        probe = job.probe
+    foveate.reducer(method)
+    with _job("psigmoid", {**asked, "method": method, "first": first}, **shared) as job:
+        probe = job.probe(method, memory)
         shape = probe.runner.shape
         if budget:
             limits = budgets.share(budget, shape, probe.lengths)
@@ -313,8 +349,8 @@ def psigmoid(
             limits = budgets.flops(_number(flops), shape, probe.lengths)
         else:
             limits = budgets.tokens(tokens or 0.0, probe.lengths)
-        search = PSigmoid(probe, limits, shared["first"], None if both else 1.0)
-        probe.decide([1.0] * shape.layers, shared["first"])
+        search = PSigmoid(probe, limits, first, None if both else 1.0)
+        probe.decide([1.0] * shape.layers, first)
         if not job.study.trials:
             search.begin(job.study, start)
         done = [t for t in job.study.trials if t.state == optuna.trial.TrialState.COMPLETE]
@@ -328,7 +364,78 @@ def psigmoid(
             {"value": t.value, **t.params, "alive": t.user_attrs.get("alive")}
             for t in job.study.trials
         ]
-        job.finish(best.user_attrs["alive"], tried, **best.params, value=best.value)
+        recipe = probe.runner.recipe(best.user_attrs["alive"], probe.method)
+        job.finish(recipe, probe, tried, **best.params, value=best.value)
+
+
+@app.command()
+@_sharing
+def auto(
+    shared: Mapping[str, Any],
+    *,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Fraction of the FLOPs that vision tokens cost, (0, 1]."),
+    ] = None,
+    max_drop: Annotated[
+        str, typer.Option("--max-drop", help="Of the objective: 0.5% or 0.005; in nats for kl.")
+    ] = "",
+    confidence: Confidence = 0.8,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Recipes to try.")] = 40,
+) -> None:
+    """Methods, places and schedule together: the recipes that no other beats, and the one to take.
+
+    With --budget the best that costs no more; with --max-drop the cheapest that loses no more.
+    """
+    from foveate.recipe import Recipe
+    from foveate.search import auto as leaf
+    from foveate.search.objective import lower
+
+    if (budget is None) is not bool(max_drop):
+        raise ValueError("Give either --budget, such as 0.125, or --max-drop, such as 0.5%.")
+    if budget is not None and not 0 < budget <= 1:
+        raise ValueError(f"--budget is {budget}; it is a fraction in (0, 1], such as 0.125.")
+    allowed = _drop(max_drop) if max_drop else None
+    shares = (budget / 4, budget) if budget else (0.05, 0.9)
+    asked = {"budget": budget, "max_drop": allowed, "confidence": _sure(confidence)}
+    with _job("auto", asked, ("maximize", "minimize"), **shared) as job:
+        search = leaf.Auto(job.model, job.calibration, shares)
+        search.begin(job.study)
+        done = leaf.complete(job.study)
+        job.study.optimize(
+            search.objective,
+            n_trials=max(0, trials - len(done)),
+            callbacks=[lambda s, t: job.say(f"trial {t.number}: {t.values or 'cannot be met'}")],
+        )
+        done = leaf.complete(job.study)
+        if not done:
+            raise ValueError("No trial made a recipe within the budget; raise --trials.")
+        best = max(done, key=lambda t: (t.values[0], -t.values[1]))
+        if allowed is not None:
+            fit = [t for t in done if lower(search.apart(t), confidence) >= -allowed]
+            best = min(fit, key=lambda t: t.values[1]) if fit else best
+        front = leaf.front(done)
+        folder = job.output.with_suffix(".front")
+        folder.mkdir(exist_ok=True)
+        for n, trial in enumerate(front):
+            Recipe.from_dict(trial.user_attrs["recipe"]).save(folder / f"{n:02d}.json")
+        dense = sum(search.dense) / len(search.dense)
+        leaf.picture(done, front, best, dense, folder / "front.png")
+        tried = [{"value": t.values[0], "share": t.values[1], **t.params} for t in done]
+        kept = {"value": best.values[0], "share": best.values[1], "front": len(front)}
+        within = allowed is None or bool(fit)
+        job.finish(Recipe.from_dict(best.user_attrs["recipe"]), search, tried, **kept)
+        if not within:
+            job.say("")
+            tables.console().print(
+                f"No recipe tried lost less than {max_drop}; this is the best one. Raise --trials."
+            )
+
+
+def _sure(confidence: float) -> float:
+    if not 0.5 <= confidence < 1.0:
+        raise ValueError(f"--confidence is {confidence}; it is at least 0.5 and below 1.")
+    return confidence
 
 
 def _number(text: str) -> float:
@@ -339,3 +446,47 @@ def _number(text: str) -> float:
         return float(text[:-1] if unit else text) * (unit or 1)
     except ValueError:
         raise ValueError(f"--flops is {text!r}; give a number such as 2.74T or 2.74e12.") from None
+
+
+@app.command()
+def analyse(
+    task: Task,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", callback=options.writable, help="JSON to write.")
+    ],
+    model: Model = "pinhole",
+    method: Method = "attention",
+    merged: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", help="Recipes whose entrance is compared; default aim-merge."),
+    ] = None,
+    data: Data = None,
+    split: Split = "validation",
+    limit: Limit = 32,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Whether layers rank vision tokens alike, how much they look at them, how alike those are."""
+    from foveate.bench import about
+    from foveate.search import analyse as leaf
+
+    options.no_shape(model, "search")
+    named = options.tasks(task, data=data, split=split, seed=seed, limit=limit)
+    loaded, processor = options.load(model, dtype, device, threads, {})
+    examples = (t.example(i) for t in named.values() for i in range(len(t)))
+    with options.progress() as bar:
+        job = bar.add_task("looking", total=sum(map(len, named.values())))
+        found = leaf.analyse(
+            loaded,
+            processor,
+            examples,
+            method=method,
+            merged=merged or ["aim-merge:keep=0.25"],
+            advance=lambda count: bar.advance(job, count),
+        )
+    result = about(loaded, model) | {"split": split, "tasks": list(named), "method": method}
+    options.write(output, result | asdict(found))
+    leaf.picture(found, output.with_suffix(".png"))
+    tables.console().print(tables.findings(asdict(found)))

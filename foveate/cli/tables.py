@@ -130,15 +130,30 @@ def _between(row: Row, name: str, sign: str) -> str:
     return "…".join(f"{100 * row[f'{name}_{end}']:{sign}.1f}" for end in ("low", "high"))
 
 
-def _numbers(title: str, *heads: str) -> Table:
-    """A table of recipes: of 80 characters, 32 are left for their names and no number is cut."""
+def _numbers(title: str, *heads: str, first: str = "recipe") -> Table:
+    """A table of numbers: of 80 characters, 32 are left for recipes and no number is cut."""
     table = _table(title)
     table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0)
     table.title_style = "bold cyan"
-    table.add_column("recipe", style="cyan", overflow="fold")
+    table.add_column(first, style="cyan", overflow="fold")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     return table
+
+
+def findings(found: Row) -> RenderableType:
+    """What ``foveate search analyse`` saw, by layer."""
+    title = f"over {found['examples']} examples"
+    table = _numbers(title, "tau to the next", "attention", first="layer")
+    for layer, mass in enumerate(found["mass"]):
+        tau = f"{found['tau'][layer]:.2f}" if layer < len(found["tau"]) else "–"
+        table.add_row(str(layer), tau, f"{mass:.3f}")
+    alike = (f"{name} {value:.3f}" for name, value in found["redundancy"].items())
+    said = (
+        "tau: Kendall's, of the ranking of vision tokens; attention: of the instruction, on "
+        "vision tokens. Cosine of a vision token and the one nearest to it, at the entrance: "
+    )
+    return Group(table, Text(said + ", ".join(alike)))
 
 
 def methods(rows: Sequence[Row], presets: Sequence[Row]) -> RenderableType:

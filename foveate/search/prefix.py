@@ -75,7 +75,7 @@ class State:
         hidden: (B, rows, D).
         rows: which rows these are.
         seen: what layer - 1 attended to, where a method asks for it.
-        given: the arguments that each layer had in the untouched forward.
+        given: the arguments of each layer with nothing cut.
     """
 
     layer: int
@@ -83,6 +83,12 @@ class State:
     rows: _Rows
     given: tuple[dict[str, Any], ...]
     seen: Seen | None = None
+
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Text and vision rows of each prompt, its answer left out."""
+        rows = zip(self.rows.lengths, self.rows.alive, strict=True)
+        return [(n - self.rows.answers - vision, vision) for n, vision in rows]
 
     @property
     def bytes(self) -> int:
@@ -120,7 +126,7 @@ class Runner:
     """The language model of ``model``, layer by layer, and a count of what that cost.
 
     Attributes:
-        flops: of all layers run so far, those of the first forwards included.
+        flops: of all layers run so far.
     """
 
     def __init__(
@@ -138,39 +144,40 @@ class Runner:
         return Recipe(Schedule(alive=tuple(alive)), entrance=self.entrance, layers=method)
 
     @torch.no_grad()
-    def start(self, batch: Batch) -> tuple[State, Tensor]:
-        """The state before layer 0, and the last hidden states (B, rows, D) with nothing cut."""
+    def start(self, batch: Batch) -> State:
+        """The state before layer 0: the model runs, its layers let everything pass."""
         flat = self.recipe([self.keep] * self.shape.layers, None)
         found: list[tuple[Tensor, dict[str, Any], Pass | None]] = []
         with ExitStack() as stack:
             if self.entrance is not None:
                 stack.enter_context(foveate.reduced(self.model, flat))
             for layer in self.layers:
-                hook = layer.register_forward_pre_hook(partial(self._see, found), with_kwargs=True)
-                stack.callback(hook.remove)
-            last: list[Tensor] = []
-            norm = cast(nn.Module, self.text.norm)
-            stack.callback(norm.register_forward_pre_hook(lambda m, a: last.append(a[0])).remove)
+                vars(layer)["forward"] = partial(self._pass, found)
+                stack.callback(vars(layer).pop, "forward")
             self.model(**batch.inputs, use_cache=False, logits_to_keep=1)
         hidden, _, rows = found[0]
         rows = self._rows(batch, hidden, flat) if rows is None else rows
         answers = batch.answer.shape[1]
         plain = {f.name: getattr(rows, f.name) for f in fields(Pass)}
         plain["instruction"] = [n - answers for n in rows.instruction]
-        self.flops += sum(self.shape.layer_flops(n) for n in rows.lengths) * self.shape.layers
         begun = _Rows(**plain, answers=answers)
-        return State(0, hidden, begun, tuple(kwargs for _, kwargs, _ in found)), last[0]
+        return State(0, hidden, begun, tuple(kwargs for _, kwargs, _ in found))
 
-    def _see(
+    def _pass(
         self,
         found: list[tuple[Tensor, dict[str, Any], Pass | None]],
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+        hidden: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """In place of a layer: notes what it is given."""
         session = session_of(self.model)
         frame = session._frame.get() if session else None
-        found.append((args[0], kwargs, frame.rows if frame else None))
+        found.append((hidden, kwargs, frame.rows if frame else None))
+        return hidden
+
+    def flat(self, state: State) -> Tensor:
+        """The last hidden states (B, rows, D) with nothing cut inside."""
+        return self.run(state, self.recipe([self.keep] * self.shape.layers, None)).hidden
 
     def _rows(self, batch: Batch, hidden: Tensor, recipe: Recipe) -> Pass:
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()

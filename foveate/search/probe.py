@@ -46,21 +46,14 @@ class Probe:
         self.lengths: list[tuple[int, int]] = []
         self._asked: list[Asked] = []
         self._shelf = self._new_shelf()
-        plain = Runner(runner.model) if runner.entrance else runner
+        plain = Runner(runner.model)
         for asked in calibration:
-            state, last = runner.start(asked.batch)
-            if plain is not runner:
-                _, last = plain.start(asked.batch)
-            self._begin(asked, plain.logits(last, asked.batch))
-            self._shelf.put(state)
-            answers = asked.batch.answer.shape[1]
-            self.lengths += [
-                (rows - answers - vision, vision)
-                for rows, vision in zip(state.rows.lengths, state.rows.alive, strict=True)
-            ]
+            state = plain.start(asked.batch)
+            self._begin(asked, plain.logits(plain.flat(state), asked.batch))
+            self._shelf.put(state if runner.entrance is None else runner.start(asked.batch))
+            self.lengths += state.lengths
             if advance:
                 advance(asked.size)
-        runner.flops += plain.flops if plain is not runner else 0
         self.dense_flops = plain.flops
 
     def _begin(self, asked: Asked, logits: torch.Tensor) -> None:
@@ -73,7 +66,7 @@ class Probe:
     @property
     def forwards(self) -> float:
         """Everything run so far, in forwards of the untouched model over the calibration set."""
-        return self.runner.flops / self.dense_flops
+        return 1.0 + self.runner.flops / self.dense_flops
 
     def values(self, alive: Sequence[float]) -> list[float]:
         """The value of each example under a schedule that begins as decided."""

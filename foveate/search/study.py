@@ -7,21 +7,26 @@ storage has heartbeats (databases, by URL).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from foveate.loading import missing
 
 if TYPE_CHECKING:
     import optuna
 
+Direction = Literal["maximize", "minimize"]
 BEAT = 60  # seconds between signs of life; twice as long without one, and a trial counts as dead
 RETRIES = 3
 
 
-def opened(storage: str, name: str, asked: Mapping[str, Any], *, seed: int) -> optuna.Study:
-    """The study ``name``, to be maximised by Bayesian optimisation.
+def opened(
+    storage: str, name: str, asked: Mapping[str, Any], *, seed: int, directions: Sequence[Direction]
+) -> optuna.Study:
+    """The study ``name``, by Bayesian optimisation.
+
+    Of one value by a Gaussian process; of several, or where choices depend on choices, by TPE.
 
     Args:
         storage: a URL (``sqlite:///file.db``, ``postgresql://…``) or the path of a journal file.
@@ -39,8 +44,8 @@ def opened(storage: str, name: str, asked: Mapping[str, Any], *, seed: int) -> o
     study = optuna.create_study(
         storage=_storage(storage),
         study_name=name,
-        direction="maximize",
-        sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=4),
+        directions=list(directions),
+        sampler=_sampler(seed, len(directions)),
         load_if_exists=True,
     )
     before = study.user_attrs.get("asked")
@@ -54,6 +59,14 @@ def opened(storage: str, name: str, asked: Mapping[str, Any], *, seed: int) -> o
             f"{other}. Name another --storage or -o, or delete it to begin anew."
         )
     return study
+
+
+def _sampler(seed: int, values: int) -> Any:
+    from optuna import samplers
+
+    if values == 1:
+        return samplers.GPSampler(seed=seed, n_startup_trials=4)
+    return samplers.TPESampler(seed=seed, n_startup_trials=8)
 
 
 def _storage(where: str) -> Any:

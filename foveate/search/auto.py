@@ -1,0 +1,243 @@
+"""Which method where, and how much: entrance, layers and schedule chosen together.
+
+Every candidate is a recipe of known cost: what is left open by its choices is solved from its share
+of the FLOPs. Two values are told to Optuna, the objective's mean and that share, and the recipes
+that no other one beats in both are the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import foveate
+from foveate.loading import missing
+from foveate.recipe import Recipe
+from foveate.schedule import Schedule
+from foveate.search.budget import Budget, share
+from foveate.search.objective import Asked, Calibration
+from foveate.search.prefix import Runner
+
+if TYPE_CHECKING:
+    import optuna
+
+NONE = "none"
+ENTRANCES = (NONE, "prumerge", "prumerge+", "aim-merge", "pool")
+LAYERS = (NONE, "attention", "fastv", "pagerank")
+SHAPES = ("sigmoid", "step")
+LEAST = 0.02  # of the vision tokens, at the entrance
+
+# What the papers propose, at any share: always among the first trials.
+STARTS: tuple[Mapping[str, Any], ...] = (
+    {"entrance": "aim-merge", "layers": "pagerank", "shape": "ramp"},
+    {"entrance": NONE, "layers": "fastv", "shape": "step", "before": 2},
+    {"entrance": NONE, "layers": "attention", "shape": "sigmoid", "slope": 0.222},
+    {"entrance": "prumerge", "layers": NONE},
+    {"entrance": "prumerge+", "layers": NONE},
+    {"entrance": "pool", "layers": NONE},
+)
+
+
+@dataclass
+class Auto:
+    """One search.
+
+    Attributes:
+        model: with nothing attached.
+        calibration: the prompts.
+        shares: least and most FLOPs, as a share of what vision tokens add to the text's.
+        entrances, layers: the methods to choose from; ``none`` among them or not.
+        advance: told how many examples were just run.
+    """
+
+    model: Any
+    calibration: Calibration
+    shares: tuple[float, float]
+    entrances: Sequence[str] = ENTRANCES
+    layers: Sequence[str] = LAYERS
+    advance: Callable[[int], object] | None = None
+
+    def __post_init__(self) -> None:
+        """Run every prompt once through the untouched model."""
+        runner = Runner(self.model)
+        self.depth = runner.shape.layers
+        self.dense: list[float] = []
+        self._asked: list[Asked] = []
+        lengths: list[tuple[int, int]] = []
+        for asked in self.calibration:
+            state = runner.start(asked.batch)
+            logits = runner.logits(runner.flat(state), asked.batch)
+            if self.calibration.kind == "kl":
+                asked = replace(asked, dense=logits.log_softmax(-1).half())
+            self.dense += self.calibration.values(logits, asked)
+            self._asked.append(asked)
+            lengths += state.lengths
+        self.shape, self.lengths = runner.shape, lengths
+        self.flops = self.dense_flops = runner.flops
+        self.runs = 0
+
+    @property
+    def forwards(self) -> float:
+        """Everything run so far, in forwards of the untouched language model."""
+        return self.flops / self.dense_flops
+
+    def begin(self, study: optuna.Study) -> None:
+        """Put the papers' own settings first, at the largest share."""
+        for start in STARTS:
+            known = start["entrance"] in self.entrances and start["layers"] in self.layers
+            if known:
+                study.enqueue_trial({"limit": self.shares[1], **start}, skip_if_exists=True)
+
+    def objective(self, trial: optuna.Trial) -> tuple[float, float]:
+        """(mean value, share of the FLOPs); for ``study.optimize``."""
+        import optuna
+
+        try:
+            recipe = self.recipe(trial)
+        except ValueError as error:
+            raise optuna.TrialPruned(str(error)) from None
+        trial.set_user_attr("recipe", recipe.to_dict())
+        values = self.values(recipe)
+        trial.set_user_attr("values", values)
+        return sum(values) / len(values), self.spent(recipe)
+
+    def recipe(self, trial: optuna.Trial) -> Recipe:
+        """The recipe of a trial's choices.
+
+        Raises:
+            ValueError: when they cannot be met together.
+        """
+        limit = share(trial.suggest_float("limit", *self.shares), self.shape, self.lengths)
+        entrance = trial.suggest_categorical("entrance", self.entrances)
+        layers = trial.suggest_categorical("layers", self.layers)
+        if layers == NONE:
+            if entrance == NONE:
+                raise ValueError("neither entrance nor layers")
+            return self._solved(limit, entrance, NONE, Schedule.flat)
+        shapes = (*SHAPES, "ramp")
+        shape = trial.suggest_categorical("shape", shapes)
+        if shape == "ramp":
+            if entrance == NONE:
+                raise ValueError("a ramp of all tokens has nothing left to solve")
+            return self._solved(limit, entrance, layers, Schedule.ramp)
+        most = 1.0
+        if entrance != NONE:
+            least = limit.largest(lambda k: [k] * self.depth, LEAST, 1.0)
+            most = least ** trial.suggest_float("part", 0.05, 0.95)
+        return self._inside(trial, limit, entrance, layers, shape, most)
+
+    def _inside(
+        self,
+        trial: optuna.Trial,
+        limit: Budget,
+        entrance: str,
+        layers: str,
+        shape: str,
+        most: float,
+    ) -> Recipe:
+        """``most`` of the tokens at the entrance; the rest of the budget decides the curve."""
+        if shape == "step":
+            before = trial.suggest_int("before", 1, max(2, self.depth // 2))
+
+            def make(x: float) -> Schedule:
+                return Schedule.step(min(x, most), before=before, entrance=most)
+
+            low, high = 1e-4, most
+        else:
+            slope = trial.suggest_float("slope", 0.02, 2.0, log=True)
+
+            def make(x: float) -> Schedule:
+                return Schedule.sigmoid(slope=slope, middle=x, entrance=most)
+
+            low, high = -20 / slope, self.depth + 20 / slope
+        return self._solved(limit, entrance, layers, make, low, high)
+
+    def _solved(
+        self,
+        limit: Budget,
+        entrance: str,
+        layers: str,
+        make: Callable[[float], Schedule],
+        low: float = LEAST,
+        high: float = 1.0,
+    ) -> Recipe:
+        """The recipe of the largest ``make(x)`` that the limit allows."""
+        x = limit.largest(lambda x: make(x).resolve(self.depth).alive, low, high)
+        schedule = make(x).resolve(self.depth)
+        return Recipe(
+            schedule,
+            entrance=None if entrance == NONE else foveate.reducer(entrance),
+            layers=foveate.reducer(layers) if layers != NONE and schedule.cuts() else None,
+        )
+
+    @torch.no_grad()
+    def values(self, recipe: Recipe) -> list[float]:
+        """The value of each example under a recipe."""
+        alive = recipe.schedule.alive
+        runner, found = Runner(self.model, recipe.entrance, alive[0]), []
+        for asked in self._asked:
+            end = runner.run(runner.start(asked.batch), recipe)
+            logits = runner.logits(end.hidden, asked.batch)
+            found += self.calibration.values(logits, asked)
+            if self.advance:
+                self.advance(asked.size)
+        self.flops += runner.flops
+        self.runs += 1
+        return found
+
+    def apart(self, trial: optuna.trial.FrozenTrial) -> list[float]:
+        """A trial's values less those of the untouched model, example by example."""
+        return [a - b for a, b in zip(trial.user_attrs["values"], self.dense, strict=True)]
+
+    def spent(self, recipe: Recipe) -> float:
+        """The FLOPs of a recipe as a share of what vision tokens add to the text's."""
+        whole, none = (share(s, self.shape, self.lengths) for s in (1.0, 1e-12))
+        cost = whole.cost(recipe.schedule.alive)
+        return (cost - none.limit) / (whole.limit - none.limit)
+
+
+def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that made a recipe."""
+    import optuna
+
+    return study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+
+
+def picture(
+    trials: Sequence[optuna.trial.FrozenTrial],
+    best: Sequence[optuna.trial.FrozenTrial],
+    chosen: optuna.trial.FrozenTrial,
+    dense: float,
+    file: Path,
+) -> None:
+    """All trials by cost and value, the front as a line, the one recommended ringed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing("matplotlib", "search") from error
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(dense, color="grey", linewidth=1, label="untouched")
+    axes.scatter(*_points(trials), s=12, color="lightgrey", label="tried")
+    axes.step(*_points(best), where="post", marker="o", markersize=4, label="front")
+    axes.scatter(*_points([chosen]), s=120, facecolors="none", edgecolors="red", label="taken")
+    axes.set(xlabel="share of the vision tokens' FLOPs", ylabel="objective")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def _points(trials: Sequence[optuna.trial.FrozenTrial]) -> tuple[list[float], list[float]]:
+    return [t.values[1] for t in trials], [t.values[0] for t in trials]
+
+
+def front(trials: Sequence[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+    """Trials that no other beats in value and share, the cheapest first."""
+    best: list[optuna.trial.FrozenTrial] = []
+    for trial in sorted(trials, key=lambda t: (t.values[1], -t.values[0])):
+        if not best or trial.values[0] > best[-1].values[0]:
+            best.append(trial)
+    return best
