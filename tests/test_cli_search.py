@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +126,35 @@ def test_analysis_says_what_it_saw(search: list[str]) -> None:
 def test_bad_input(search: list[str], more: list[str], said: str) -> None:
     kind, *rest = more
     assert said in refuses("search", kind, *search, *rest)
+
+
+@pytest.mark.parametrize("storage", ["one.study", "sqlite:///one.db"])
+def test_two_workers_share_one_search_though_one_is_killed(
+    search: list[str], checkpoint: Path, storage: str
+) -> None:
+    """The first worker dies in a trial; the second, another process's like, ends the search."""
+    command = ["search", "psigmoid", *search, "--tokens", "18", "--first", "1"]
+    command += ["--storage", storage, "--check-limit", "0"]
+    killed = [str(checkpoint) if word == "tiny" else word for word in command]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import test_cli_search as t; t.dies_in_the_third({killed!r})"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])},
+    )
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    works(*[str(checkpoint) if word == "tiny" else word for word in command], "--trials", "5")
+    tried = wrote("r.search.json")["tried"]
+    assert sum(t["value"] is not None for t in tried) == 5
+
+
+def dies_in_the_third(command: list[str]) -> None:
+    """A worker that is killed while its third trial runs."""
+    plain, calls = Probe.values, []
+
+    def values(self: Probe, alive: Sequence[float]) -> list[float]:
+        calls.append(alive)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, alive)
+
+    Probe.values = values  # type: ignore[method-assign]
+    works(*command, "--trials", "5")

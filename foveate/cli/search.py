@@ -18,7 +18,7 @@ import typer
 import foveate
 from foveate.cli import options, tables
 from foveate.cli.options import Device, Dtype, Model, Threads
-from foveate.search.study import Direction
+from foveate.search.study import Direction, run
 
 if TYPE_CHECKING:
     from foveate.recipe import Recipe
@@ -221,14 +221,14 @@ def _sharing(command: Callable[..., None]) -> Callable[..., None]:
     common, own = named(_job), named(command)
 
     @wraps(command)
-    def run(**options: Any) -> None:
-        shared = {name: options.pop(name) for name in common}
-        command(shared, **options)
+    def merged(**given: Any) -> None:
+        shared = {name: given.pop(name) for name in common}
+        command(shared, **given)
 
     every = [*common.values(), *own.values()]
-    run.__annotations__ = {p.name: p.annotation for p in every}
-    vars(run)["__signature__"] = inspect.Signature(every)
-    return run
+    merged.__annotations__ = {p.name: p.annotation for p in every}
+    vars(merged)["__signature__"] = inspect.Signature(every)
+    return merged
 
 
 @app.command()
@@ -326,8 +326,6 @@ def psigmoid(
     memory: Memory = 2.0,
 ) -> None:
     """P-Sigmoid: the sigmoid of depth that is best within a budget."""
-    import optuna
-
     from foveate.recipe import Recipe
     from foveate.search import budget as budgets
     from foveate.search.psigmoid import PSigmoid
@@ -353,12 +351,7 @@ def psigmoid(
         probe.decide([1.0] * shape.layers, first)
         if not job.study.trials:
             search.begin(job.study, start)
-        done = [t for t in job.study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-        job.study.optimize(
-            search.objective,
-            n_trials=max(0, trials - len(done)),
-            callbacks=[lambda s, t: job.say(f"trial {t.number}: {t.value}, best {s.best_value}")],
-        )
+        run(job.study, search.objective, trials, job.say)
         best = job.study.best_trial
         tried = [
             {"value": t.value, **t.params, "alive": t.user_attrs.get("alive")}
@@ -401,12 +394,7 @@ def auto(
     with _job("auto", asked, ("maximize", "minimize"), **shared) as job:
         search = leaf.Auto(job.model, job.calibration, shares)
         search.begin(job.study)
-        done = leaf.complete(job.study)
-        job.study.optimize(
-            search.objective,
-            n_trials=max(0, trials - len(done)),
-            callbacks=[lambda s, t: job.say(f"trial {t.number}: {t.values or 'cannot be met'}")],
-        )
+        run(job.study, search.objective, trials, job.say)
         done = leaf.complete(job.study)
         if not done:
             raise ValueError("No trial made a recipe within the budget; raise --trials.")

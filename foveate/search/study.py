@@ -7,7 +7,7 @@ storage has heartbeats (databases, by URL).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +59,26 @@ def opened(
             f"{other}. Name another --storage or -o, or delete it to begin anew."
         )
     return study
+
+
+def run(
+    study: optuna.Study,
+    objective: Callable[[optuna.Trial], Any],
+    trials: int,
+    say: Callable[[str], object],
+) -> None:
+    """Try until ``trials`` have ended in the study, whoever ran them."""
+    import optuna
+
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    enough = optuna.study.MaxTrialsCallback(trials, states=ended)
+    if len(study.get_trials(deepcopy=False, states=ended)) < trials:
+        study.optimize(objective, callbacks=[enough, lambda s, t: say(_line(t))])
+
+
+def _line(trial: optuna.trial.FrozenTrial) -> str:
+    said = ", ".join(f"{v:.4g}" for v in trial.values or ()) or "cannot be met"
+    return f"trial {trial.number}: {said}"
 
 
 def _sampler(seed: int, values: int) -> Any:
