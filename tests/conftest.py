@@ -15,6 +15,12 @@ import foveate
 
 MATRIX = Path(foveate.__file__).parent / "matrix.json"
 
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}"
+    "so{% endif %}"
+)
+
 
 @pytest.fixture(scope="session")
 def models():
@@ -25,6 +31,39 @@ def models():
         return tiny.FAMILIES[name].build()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny LLaVA with its processor, as ``save_pretrained`` leaves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "so", "<image>"]
+    known = {word: i for i, word in enumerate(words)}
+    known |= {f"w{i}": i for i in range(len(words), 100)}
+    known["<image>"], known["w90"] = tiny.IMAGE, known["<image>"]
+    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, additional_special_tokens=["<image>"], **special
+    )
+    pixels = CLIPImageProcessorPil(
+        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    LlavaProcessor(
+        image_processor=pixels,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    tiny.llava().save_pretrained(folder)
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

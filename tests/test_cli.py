@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conftest import TEMPLATE
 from PIL import Image
 from transformers import BatchFeature
 from typer.testing import CliRunner, Result
@@ -30,46 +31,8 @@ from foveate.cli.app import app
 from foveate.recipe import PRESETS
 from foveate.reducer import discover
 
-TEMPLATE = (
-    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}"
-    "so{% endif %}"
-)
 BLIND = "{% for m in messages %}what so{% endfor %}"
 VISION, LAYERS = 36, 6
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    """A tiny LLaVA with its processor, as ``save_pretrained`` leaves it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "so", "<image>"]
-    known = {word: i for i, word in enumerate(words)}
-    known |= {f"w{i}": i for i in range(len(words), 100)}
-    known["<image>"], known["w90"] = tiny.IMAGE, known["<image>"]
-    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, additional_special_tokens=["<image>"], **special
-    )
-    pixels = CLIPImageProcessorPil(
-        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    LlavaProcessor(
-        image_processor=pixels,
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    tiny.llava().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")

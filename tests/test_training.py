@@ -43,13 +43,17 @@ def right_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     return rolled
 
 
-def gradients(model: Any, loss: Tensor, of: str = "") -> dict[str, Tensor]:
-    """Gradients of the parameters whose name holds ``of``."""
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return {n: g for n, g in found.items() if of in n}
+    return found
+
+
+def layers(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the text model's layers."""
+    return {n: g for n, g in found.items() if "language_model.layers" in n}
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
@@ -71,10 +75,7 @@ def test_dropping_equals_masking_in_the_loss(models, method: str, family: str) -
     with foveate.reduced(model, recipe):
         loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
     assert torch.allclose(loss, expected, rtol=1e-5)
-    close(
-        gradients(model, loss, "language_model.layers"),
-        gradients(model, expected, "language_model.layers"),
-    )
+    close(layers(gradients(model, loss)), layers(gradients(model, expected)))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -91,10 +92,7 @@ def test_either_padding_and_either_attention(family: str, side: str, implementat
     with foveate.reduced(model, BOTH):
         loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
     assert torch.allclose(loss, expected, rtol=1e-5)
-    close(
-        gradients(model, loss, "language_model.layers"),
-        gradients(model, expected, "language_model.layers"),
-    )
+    close(layers(gradients(model, loss)), layers(gradients(model, expected)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,26 +195,48 @@ def test_a_loss_of_ones_own_is_cut_and_given_back(models) -> None:
 # Gradients
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_finite_differences(method: str) -> None:
+PARTS = [(method, "multi_modal_projector.linear_1.weight") for method in METHODS]
+# PruMerge's weights are attention: what computes it learns through the merge alone.
+WATCHED = "encoder.layers.2.self_attn.k_proj.weight"
+PARTS += [("prumerge", WATCHED), ("prumerge+", WATCHED)]
+
+
+@pytest.mark.parametrize(("method", "part"), PARTS)
+def test_gradients_are_finite_differences(
+    method: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64, through the choice, the merge, the projector and the LLM."""
-    works(method, "llava")
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_double)
     model, inputs = tiny.llava().double(), batch("llava", [2, 1])
+    model.loss_function = loss_in_double
     inputs["pixel_values"] = inputs["pixel_values"].double()
-    labels, weight = answers(inputs), adapter_of(model).projector(model).linear_1.weight
+    labels = answers(inputs)
+    weight = next(p for name, p in model.named_parameters() if name.endswith(part))
     step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
     step *= 1e-5 / step.norm()
     with foveate.reduced(model, recipe_of(method)):
         model(**inputs, labels=labels).loss.backward()
         with torch.no_grad():
-            losses = []
-            for sign in (1, -2):
-                weight += sign * step
-                losses.append(model(**inputs, labels=labels).loss)
-    expected = (losses[0] - losses[1]) / 2
-    assert torch.allclose((weight.grad * step).sum(), expected, rtol=1e-3, atol=0)
+            weight += step
+            above = model(**inputs, labels=labels).loss
+            weight -= 2 * step
+            below = model(**inputs, labels=labels).loss
+    assert torch.allclose((weight.grad * step).sum(), (above - below) / 2, rtol=1e-5, atol=1e-14)
 
 
+def norm_in_double(self: Any, x: Tensor) -> Tensor:
+    """The usual norm, which rounds to float32."""
+    return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+def loss_in_double(logits: Tensor, labels: Tensor, **more: Any) -> Tensor:
+    """The usual loss, which rounds to float32."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("recipe", [BOTH, foveate.recipe("prumerge")], ids=["both", "adaptive"])
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
@@ -227,9 +247,13 @@ def test_gradient_checkpointing(family: str, recipe: foveate.Recipe, reentrant: 
         plain = gradients(model, model(**inputs, labels=labels, use_cache=False).loss)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         again = gradients(model, model(**inputs, labels=labels, use_cache=False).loss)
-    close(again, plain, 1e-6)
+    # Reentrant checkpoints compute without a graph first, and that is when attention is watched:
+    # what PruMerge weighs with gets no gradient then. docs/tuning.md says so.
+    learnt = layers if reentrant else dict
+    close(learnt(again), learnt(plain), 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_checkpointing_that_runs_hooks_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
