@@ -6,6 +6,7 @@ by a 4-D mask, layer by layer; and with the survivors' vectors where a method bl
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ def masked_loss(model: Any, inputs: dict[str, Any], labels: Tensor, run: Run) ->
     logits = model.lm_head(_masked(model, embeds, positions, run))
     total = logits.new_zeros(())
     for b, alive in enumerate(run.slots[-1]):
-        for row, following in zip(alive[:-1], alive[1:], strict=True):
+        for row, following in itertools.pairwise(alive.tolist()):
             if labels[b, following] != -100:
                 total = total - logits[b, row].log_softmax(-1)[labels[b, following]]
     return total

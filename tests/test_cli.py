@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from conftest import TEMPLATE
 from PIL import Image

@@ -13,7 +13,6 @@ from test_session import BOTH
 from torch import Tensor
 
 import foveate
-from foveate.adapter import family as adapter_of
 
 # Rows as they come: one image, several samples of different lengths, padding on either side.
 SHAPES = {"single": [1], "padded": [2, 0, 1]}
