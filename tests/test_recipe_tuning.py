@@ -90,7 +90,7 @@ def pixels(processor: Any) -> Callable[[list[Image.Image]], torch.Tensor]:
 
 
 def test_rows_are_the_chat_that_pinhole_answers(folder: Path) -> None:
-    """The same ids as the chat template gives, with the answer at the end and nothing else asked."""
+    """The same ids as the chat template gives; the answer at the end is what is learnt."""
     processor, picture = assembly.read_processor(folder), Image.new("RGB", (30, 20))
     made = batch([Lesson(picture, tuple(SEGMENTS))], mix.Writer(folder / "tokenizer.json"))
     for b, segment in enumerate(SEGMENTS):
@@ -136,12 +136,11 @@ def test_lessons_have_as_many_questions_as_wanted(start: Any) -> None:
 
 def test_tuning_lowers_the_loss_and_leaves_the_encoder(start: Any) -> None:
     tuning = start("learns")
-    tower = {n: p.clone() for n, p in tuning._model.model.vision_tower.named_parameters()}
+    tower = tuning._model.model.vision_tower
+    before = [p.clone() for p in tower.parameters()]
     losses = [float(line.split()[-1]) for line in tuning.run(60, 12)]
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4]) - 0.4
-    assert all(
-        torch.equal(p, tower[n]) for n, p in tuning._model.model.vision_tower.named_parameters()
-    )
+    assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), before, strict=True))
     logged = (tuning._out / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in logged] == list(range(1, 13))
 
@@ -205,7 +204,7 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_comparison_is_paired() -> None:
     old = {("t", "r"): [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]}
     new = {("t", "r"): [1.0] * 8}
-    row = recipe_tuning.comparison(recipe_tuning.Answered(old), recipe_tuning.Answered(new))[0]
+    row = recipe_tuning.comparison(old, new)[0]
     assert (row["before"], row["after"], row["n"]) == (0.375, 1.0, 8)
     assert row["mcnemar_p"] == 2 * 0.5**5
     assert "| t | `r` | 8 | 37.5% (" in recipe_tuning.table([row])

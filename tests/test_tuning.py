@@ -82,7 +82,12 @@ def test_a_projector_that_was_replaced_is_said() -> None:
         merged(**inputs)
     foveate.detach(merged)
     with foveate.reduced(merged, BOTH):
-        merged(**inputs)
+        expected = merged(**inputs).logits
+    foveate.attach(model := tiny.llava(), BOTH)  # before wrapping, the copy has the hook
+    merged = wrapped(model).merge_and_unload()
+    assert torch.equal(merged(**inputs).logits, expected)
+    foveate.detach(merged)
+    assert not any(any(hooks) for hooks, _ in attached_to(merged.model.multi_modal_projector))
 
 
 def test_an_adapter_switched_off_is_the_model_as_it_was() -> None:

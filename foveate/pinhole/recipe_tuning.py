@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import foveate
+from foveate.bench import DENSE
 from foveate.evaluate import Case, Journal, evaluate
 from foveate.loading import missing
 from foveate.pinhole.mix import END, TURN, EasyRows, PhotoRows, Segment, Writer
@@ -39,6 +40,8 @@ EASY_SHARE = 0.3
 PER_IMAGE = 3
 SAVE_EVERY = 120.0  # seconds
 _IGNORED = -100
+
+Scores = Mapping[tuple[str, str], list[float]]  # of each (task, recipe), example by example
 
 
 @dataclass(frozen=True)
@@ -214,45 +217,29 @@ def with_deltas(model: Any) -> Any:
     return get_peft_model(model, config)
 
 
-@dataclass(frozen=True)
-class Answered:
-    """What the untouched model and the recipe scored on the examples of each task."""
-
-    scores: Mapping[tuple[str, str], list[float]]
-
-    @classmethod
-    def by(
-        cls,
-        model: Any,
-        processor: Any,
-        tasks: Sequence[Task],
-        recipes: Mapping[str, Recipe],
-        file: Path,
-        advance: Callable[[str, int], object] | None = None,
-    ) -> Answered:
-        """Answer them all; ``file`` keeps every answer, and a run that was stopped goes on.
-
-        Raises:
-            ValueError: when ``file`` holds the answers to other tasks or of other recipes.
-        """
-        asked = {name: recipe.to_dict() for name, recipe in recipes.items()}
-        journal = Journal(file, {"recipes": asked, "tasks": {t.name: len(t) for t in tasks}})
-        evaluate(model, processor, tasks, recipes, journal=journal, advance=advance)
-        cases = [Case("dense"), *(Case(name, recipe) for name, recipe in recipes.items())]
-        scores = {}
-        for task in tasks:
-            found = journal.of(task.name)
-            for case in cases:
-                records = found[case.key]
-                scores[task.name, case.name] = [records[i].score for i in range(len(task))]
-        return cls(scores)
+def answered(
+    model: Any,
+    processor: Any,
+    tasks: Sequence[Task],
+    recipes: Mapping[str, Recipe],
+    journal: Journal,
+    advance: Callable[[str, int], object],
+) -> Scores:
+    """What the untouched model and each recipe score; ``journal`` has what was answered before."""
+    evaluate(model, processor, tasks, recipes, journal=journal, advance=advance)
+    cases = [Case(DENSE), *(Case(name, recipe) for name, recipe in recipes.items())]
+    return {
+        (task.name, case.name): [journal.of(task.name)[case.key][i].score for i in range(len(task))]
+        for task in tasks
+        for case in cases
+    }
 
 
-def comparison(before: Answered, after: Answered) -> list[dict[str, Any]]:
+def comparison(before: Scores, after: Scores) -> list[dict[str, Any]]:
     """A row per task and recipe: both scores with 95 % intervals, and what the change is worth."""
     rows = []
-    for (task, name), old in before.scores.items():
-        new = after.scores[task, name]
+    for (task, name), old in before.items():
+        new = after[task, name]
         worse, better = difference(new, old)
         rows.append(
             {

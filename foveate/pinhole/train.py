@@ -367,6 +367,7 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
 def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, device: str) -> None:
     """Tuning with a recipe attached; goes on where an earlier one in ``out`` stopped."""
     from foveate import pinhole
+    from foveate.evaluate import Journal
     from foveate.pinhole import recipe_tuning as leaf
 
     leaf.require_peft()
@@ -376,14 +377,15 @@ def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, de
     tasks = [task(name, data=data, limit=settings.check) for name in names]
     split = _first(photos(data, "train"), settings.limit)
     model, processor = pinhole.load(torch.float32, device)
+    asked = {"model": assembly.path().name, "recipe": recipes[text].to_dict(), "n": settings.check}
     with _bar() as bar:
-        answers = 2 * len(recipes) * sum(map(len, tasks))
 
-        def answered(when: str) -> leaf.Answered:
-            job = bar.add_task(f"answering {when}", total=answers)
-            file = out / f"{when}.answers"
-            step = lambda _, count: bar.advance(job, count)  # noqa: E731
-            return leaf.Answered.by(model, processor, tasks, recipes, file, step)
+        def answered(when: str) -> leaf.Scores:
+            job = bar.add_task(f"answering {when}", total=2 * sum(map(len, tasks)))
+            journal = Journal(out / f"{when}.answers", asked)
+            return leaf.answered(
+                model, processor, tasks, recipes, journal, lambda _, n: bar.advance(job, n)
+            )
 
         before = answered("before")
         tuning = leaf.Tuning(
