@@ -187,6 +187,8 @@ def test_the_command(
     train.main(**given, check=4, max_steps=2, lr=1e-2, batch=3, limit=8)
     assert (out / "before.answers").read_text() == before
     assert json.loads((out / "tuning.json").read_text())["about"]["steps"] == 2
+    train.main(**given, check=4, max_steps=3, lr=1e-2, batch=3, limit=8)  # what is tuned on is new
+    assert sorted(p.name for p in out.glob("after-*")) == ["after-2.answers", "after-3.answers"]
     again = PeftModel.from_pretrained(load()[0], out / "adapter")
     assert any(p.abs().max() > 0 for n, p in again.named_parameters() if "lora_B" in n)
     assert foveate.Recipe.load(out / "adapter" / "recipe.json").entrance == RECIPE.entrance

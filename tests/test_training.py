@@ -191,6 +191,30 @@ def test_a_loss_of_ones_own_is_cut_and_given_back(models) -> None:
     assert model.loss_function is mine
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_cut_by_the_report_are_those_of_the_loss(side: str) -> None:
+    """What docs/tuning.md says for losses that are computed outside the model."""
+    model, inputs = tiny.llava(), batch("llava", [2, 0, 1])
+    inputs = inputs if side == "left" else right_padded(inputs)
+    labels, seen = answers(inputs), []
+
+    def see(logits: Tensor, labels: Tensor, **more: Any) -> Tensor:
+        seen.append(labels)
+        return logits.sum()
+
+    model.loss_function = see
+    with foveate.reduced(model, BOTH) as report:
+        model(**inputs, labels=labels)
+        left = zip(labels, report.slots[-1], strict=True)
+    cut = torch.nn.utils.rnn.pad_sequence(
+        [row[slots] for row, slots in left],
+        batch_first=True,
+        padding_value=-100,
+        padding_side="left",
+    )
+    assert torch.equal(seen[0], cut)
+
+
 # Gradients
 
 

@@ -404,7 +404,7 @@ def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, de
             bar.update(job, completed=tuning.seconds, description=line)
         tuning.tuned.save_pretrained(out / "adapter")
         recipes[text].save(out / "adapter" / "recipe.json")
-        rows = leaf.comparison(before, answered("after"))
+        rows = leaf.comparison(before, answered(f"after-{tuning.step}"))
     about = {"steps": tuning.step, "seconds": round(tuning.seconds), **asdict(settings)}
     (out / "tuning.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     print(leaf.table(rows))
