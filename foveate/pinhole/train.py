@@ -486,7 +486,7 @@ def main(
     check_every: float = 120.0,
     max_steps: int | None = None,
     rank_weight: float = 0.2,
-    lr: Annotated[float | None, typer.Option(help="peak: 8e-4, with a recipe 2e-4")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak: 8e-4, with a recipe 3e-4")] = None,
     vision_lr: float = 3e-4,
     rank: Annotated[int, typer.Option(help="rank of the language model's deltas")] = 48,
     seed: int = 0,
@@ -504,7 +504,7 @@ def main(
         check_every=check_every,
         max_steps=max_steps,
         rank_weight=rank_weight,
-        lr=lr or (2e-4 if recipe else 8e-4),
+        lr=lr or (3e-4 if recipe else 8e-4),
         vision_lr=vision_lr,
         rank=rank,
     )
