@@ -405,7 +405,8 @@ def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, de
         tuning.tuned.save_pretrained(out / "adapter")
         recipes[text].save(out / "adapter" / "recipe.json")
         rows = leaf.comparison(before, answered(f"after-{tuning.step}"))
-    about = {"steps": tuning.step, "seconds": round(tuning.seconds), **asdict(settings)}
+    said = {k: getattr(settings, k) for k in ("minutes", "batch", "lr", "limit", "seed")}
+    about = {"steps": tuning.step, "seconds": round(tuning.seconds), "rank": leaf.RANK, **said}
     (out / "tuning.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     print(leaf.table(rows))
 
