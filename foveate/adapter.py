@@ -159,6 +159,14 @@ def families() -> Mapping[str, type[Adapter]]:
     return dict(sorted(_FAMILIES.items()))
 
 
+def vision_rows(model: nn.Module, ids: Tensor) -> Tensor:
+    """Which rows of a prompt are placeholders of images or video, ``(B, L)`` bool."""
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    for placeholder in family(model).placeholders(model).values():
+        where |= ids == placeholder
+    return where
+
+
 def text_shape(text: nn.Module) -> TextShape:
     """The cost-relevant sizes of a text model, from its config."""
     config = cast(Any, text.config)

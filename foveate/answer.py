@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.ask import chat
 from foveate.tasks import Example
-
-MAX_NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,13 @@ class Answers:
 
     Attributes:
         texts: one answer per example.
-        ids: (B, L) the prompts, padded on the left; with choices, one prompt per choice.
+        ids: (B, L) the prompts, padded on the left.
         mask: (B, L) where they are not padding.
-        rows: the row of each example's (first) prompt.
     """
 
     texts: list[str]
     ids: Tensor
     mask: Tensor
-    rows: list[int]
 
 
 @torch.no_grad()
@@ -38,59 +36,63 @@ def answer(
     examples: Sequence[Example],
     *,
     likelihood: str = "mean",
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
 ) -> Answers:
-    """Answer every example, all in one batch.
+    """Answer every example, all in one batch; either all have choices or none has.
 
     Args:
         likelihood: whether choices are compared by the ``mean`` or the ``sum`` of their tokens'
             log-probabilities.
+        max_new_tokens: None means what the examples say.
     """
     if any(e.choices for e in examples):
         return _choose(model, processor, examples, likelihood)
-    inputs = _inputs(model, processor, examples, [_prompt(processor, e) for e in examples])
+    texts = [chat(processor, e.question) for e in examples]
+    inputs = _inputs(model, processor, examples, texts)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    longest = max_new_tokens or max(e.new_tokens for e in examples)
+    out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
     said = processor.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    return Answers([text.strip() for text in said], ids, mask, list(range(len(examples))))
+    return Answers([text.strip() for text in said], ids, mask)
 
 
 def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood: str) -> Answers:
-    """The likeliest choice of each example, all of them in one forward."""
-    pairs = [(e, c) for e in examples for c in e.choices]
+    """The likeliest choice of each example.
+
+    The prompts go through once. Every choice is then said on a copy of the cache, so a method that
+    looks at the prompt's last rows sees the question and not the choice.
+    """
+    inputs = _inputs(model, processor, examples, [chat(processor, e.question) for e in examples])
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    scores: list[list[float]] = [[] for _ in examples]
+    for turn in range(max(len(e.choices) for e in examples)):
+        said = [e.choices[min(turn, len(e.choices) - 1)] for e in examples]
+        ids, real = tails(processor, said, inputs["input_ids"].device)
+        more = model(
+            input_ids=ids,
+            attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1),
+            past_key_values=copy.deepcopy(out.past_key_values),
+            use_cache=True,
+        ).logits
+        logits = torch.cat([out.logits[:, -1:], more[:, :-1]], 1).float()
+        logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * real
+        total = logp.sum(-1) / (real.sum(-1) if likelihood == "mean" else 1)
+        for mine, score in zip(scores, total.tolist(), strict=True):
+            mine.append(score)
+    best = [mine.index(max(mine)) for mine in scores]
+    chosen = [e.choices[min(i, len(e.choices) - 1)] for e, i in zip(examples, best, strict=True)]
+    return Answers(chosen, inputs["input_ids"], inputs["attention_mask"])
+
+
+def tails(processor: Any, said: Sequence[str], device: Any) -> tuple[Tensor, Tensor]:
+    """What is said, up to the end of the turn: ids (B, A), and where they are not padding."""
     end = processor.tokenizer.eos_token or ""
-    prompts = [_prompt(processor, e) for e, _ in pairs]
-    texts = [p + c + end for p, (_, c) in zip(prompts, pairs, strict=True)]
-    lengths = [
-        len(whole) - len(start)
-        for whole, start in zip(*(_ids(processor, some) for some in (texts, prompts)), strict=True)
-    ]
-    inputs = _inputs(model, processor, [e for e, _ in pairs], texts)
-    logits = model(**inputs, logits_to_keep=max(lengths) + 1).logits
-    ids = inputs["input_ids"][:, -max(lengths) :]
-    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    scores = [
-        float(row[-n:].mean() if likelihood == "mean" else row[-n:].sum())
-        for row, n in zip(logp, lengths, strict=True)
-    ]
-    chosen, rows, at = [], [], 0
-    for e in examples:
-        part = scores[at : at + len(e.choices)]
-        chosen.append(e.choices[part.index(max(part))])
-        rows.append(at)
-        at += len(e.choices)
-    return Answers(chosen, inputs["input_ids"], inputs["attention_mask"], rows)
-
-
-def _prompt(processor: Any, example: Example) -> str:
-    """The text of a single-turn chat, up to where the answer begins."""
-    content = [{"type": "image"}, {"type": "text", "text": example.question}]
-    chat = [{"role": "user", "content": content}]
-    return cast(str, processor.apply_chat_template(chat, add_generation_prompt=True))
-
-
-def _ids(processor: Any, texts: list[str]) -> list[list[int]]:
-    return cast(list[list[int]], processor.tokenizer(texts)["input_ids"])
+    rows = processor.tokenizer([s + end for s in said], add_special_tokens=False)["input_ids"]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(ids, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)], real[n, : len(row)] = torch.tensor(row), True
+    return ids.to(device), real.to(device)
 
 
 def _inputs(model: Any, processor: Any, examples: Sequence[Example], texts: list[str]) -> Any:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from foveate.adapter import family, text_shape
+from foveate.adapter import family, text_shape, vision_rows
 from foveate.bench import DENSE, Stopwatch
 from foveate.recipe import Recipe
 from foveate.report import Report
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+def chat(processor: Any, question: str) -> str:
+    """The text of one user turn, the picture then the question, up to where the answer begins.
+
+    Raises:
+        ValueError: for a processor without chat template.
+    """
+    if processor is None or not getattr(processor, "chat_template", None):
+        raise ValueError(
+            "This model has no processor with a chat template, so foveate cannot put a question to "
+            "it; use --model pinhole or an instruction-tuned model from the Hub."
+        )
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    turns = [{"role": "user", "content": content}]
+    return cast(str, processor.apply_chat_template(turns, add_generation_prompt=True))
 
 
 def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> dict[str, Any]:
@@ -26,14 +42,7 @@ def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> di
     """
     if not question.strip():
         raise ValueError('The question is empty; ask something, for example "What is this?".')
-    if processor is None or not getattr(processor, "chat_template", None):
-        raise ValueError(
-            "This model has no processor with a chat template, so foveate cannot put a question to "
-            "it; use --model pinhole or an instruction-tuned model from the Hub."
-        )
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    chat = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    text = chat(processor, question)
     try:
         made = processor(images=[image], text=[text], return_tensors="pt")
     except ValueError as error:
@@ -49,14 +58,6 @@ def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> di
             "together."
         )
     return dict(made)
-
-
-def vision_rows(model: Any, ids: Tensor) -> Tensor:
-    """Which rows of a prompt are placeholders of images or video, ``(B, L)`` bool."""
-    where = torch.zeros_like(ids, dtype=torch.bool)
-    for placeholder in family(model).placeholders(model).values():
-        where |= ids == placeholder
-    return where
 
 
 def answers(
@@ -101,7 +102,7 @@ def _answer(
     return {
         "answer": text,
         "answer_tokens": len(new),
-        **cost(model, given, report),
+        **costs(model, report, given["input_ids"], given["attention_mask"])[0],
         "vision_ms": first.vision_ms,
         "prefill_ms": first.prefill_ms,
         "reduce_ms": report.reduce_ms if report is not None else 0.0,
@@ -109,21 +110,26 @@ def _answer(
     }, report
 
 
-def cost(model: Any, given: Mapping[str, Any], report: Report | None) -> dict[str, Any]:
-    """Vision tokens, FLOPs and KV bytes of a prompt; no report means the untouched model."""
+def costs(model: Any, report: Report | None, ids: Tensor, mask: Tensor) -> list[dict[str, Any]]:
+    """Vision tokens (mean over layers), FLOPs and KV bytes of each prompt of a batch.
+
+    Args:
+        report: of the run that the prompts went through; None means the untouched model.
+        ids: (B, L) the prompts.
+        mask: (B, L) where they are not padding.
+    """
     shape = text_shape(family(model).text(model))
-    vision = int(vision_rows(model, given["input_ids"]).sum())
-    if report is None:
-        rows = [given["input_ids"].shape[1]] * shape.layers
-        alive = [vision] * shape.layers
-        flops, kv_bytes = shape.prefill_flops(rows), shape.kv_bytes(rows)
-    else:
-        alive = [sum(layer) for layer in report.alive]
-        flops, kv_bytes = report.flops, report.kv_bytes
-    return {
-        "vision_tokens": sum(alive) / len(alive),
-        "vision_tokens_entrance": alive[0],
-        "vision_tokens_last": alive[-1],
-        "flops": flops,
-        "kv_bytes": kv_bytes,
-    }
+    rows = [mask.sum(-1).tolist()] * shape.layers
+    alive = [vision_rows(model, ids).sum(-1).tolist()] * shape.layers
+    if report is not None and report.rows:
+        rows, alive = report.rows, report.alive
+    return [
+        {
+            "vision_tokens": sum(tokens) / shape.layers,
+            "vision_tokens_entrance": tokens[0],
+            "vision_tokens_last": tokens[-1],
+            "flops": shape.prefill_flops(lengths),
+            "kv_bytes": shape.kv_bytes(lengths),
+        }
+        for lengths, tokens in zip(zip(*rows, strict=True), zip(*alive, strict=True), strict=True)
+    ]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import foveate
-from foveate.adapter import family, text_shape
+from foveate.adapter import family, text_shape, vision_rows
 from foveate.recipe import Recipe
 from foveate.report import Report
 from foveate.shapes import Prompt, inputs, text_only
@@ -307,7 +307,8 @@ class _Bench:
         mask = self.inputs.get("attention_mask", torch.ones_like(ids))
         dense_rows = [int(n) for n in mask.sum(-1)]
         rows = [dense_rows] * layers if report is None else report.rows
-        vision = [self._vision(ids)] * layers if report is None else report.alive
+        dense = vision_rows(self.model, ids).sum(-1).tolist()
+        vision = [dense] * layers if report is None else report.alive
         case.lengths = tuple(max(alive) for alive in rows)
         per_sample = list(zip(*rows, strict=True))
         known = case.facts.get("peak_bytes")
@@ -323,12 +324,6 @@ class _Bench:
         }
         if report is not None and report.notes:
             case.facts["notes"] = list(report.notes)
-
-    def _vision(self, ids: Tensor) -> list[int]:
-        where = torch.zeros_like(ids, dtype=torch.bool)
-        for placeholder in family(self.model).placeholders(self.model).values():
-            where |= ids == placeholder
-        return [int(n) for n in where.sum(-1)]
 
     def _rows(self, cases: list[_Case]) -> list[dict[str, Any]]:
         made = []

@@ -10,12 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from foveate.markers import Block
 from foveate.recipe import PRESETS
 from foveate.reducer import Reducer, discover
 
-BEGIN = "<!-- methods: written by `foveate methods --markdown --write README.md` -->"
-END = "<!-- /methods -->"
-MARKERS = f"{BEGIN}\n{END}"
+BLOCK = Block("methods", "written by `foveate methods --markdown --write README.md`")
 _WHERE = {
     "pixels": "on the input image",
     "features": "before the projector",
@@ -49,7 +48,7 @@ def models() -> list[dict[str, Any]]:
 
 
 def markdown() -> str:
-    """The catalogue for the README, between its markers."""
+    """The catalogue for the README."""
     lines = ["| method | acts | what it is | knobs |", "|---|---|---|---|"]
     for row in methods():
         knobs = ", ".join(f"`{k}={_literal(v)}`" for k, v in row["knobs"].items()) or "–"
@@ -59,19 +58,7 @@ def markdown() -> str:
     for row in presets():
         what = row["summary"] + (f" [{row['paper']}]({row['link']})" if row["link"] else "")
         lines.append(f"- `{row['name']}`: {what}")
-    return "\n".join((BEGIN, *lines, END))
-
-
-def written(text: str) -> str:
-    """``text`` with the block between the markers replaced by the catalogue of now.
-
-    Raises:
-        ValueError: when the markers are not there.
-    """
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise ValueError(f"The markers are missing; put these two lines in:\n{MARKERS}")
-    return text[:begin] + markdown() + text[end + len(END) :]
+    return "\n".join(lines)
 
 
 def _row(name: str, cls: type[Reducer]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import foveate
-from foveate.ask import answers, prepare, vision_rows
+from foveate.adapter import vision_rows
+from foveate.ask import answers, prepare
 from foveate.bench import about
 from foveate.loading import missing
 from foveate.recipe import Recipe
@@ -104,17 +105,8 @@ def scores() -> list[dict[str, Any]]:
         return []
     with safe_open(file, framework="pt") as opened:
         said = (opened.metadata() or {}).get("scores", "")
-    return _listed(json.loads(said)) if said else []
-
-
-def _listed(said: Any) -> list[dict[str, Any]]:
-    """Scores as rows, whether they were written as a list or by task."""
-    if isinstance(said, list):
-        return [dict(row) for row in said]
-    return [
-        {"task": task} | (dict(value) if isinstance(value, Mapping) else {"score": value})
-        for task, value in said.items()
-    ]
+    rows: list[dict[str, Any]] = json.loads(said) if said else []
+    return rows
 
 
 def save(shown: Shown, path: str | Path) -> None:

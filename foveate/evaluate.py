@@ -1,58 +1,36 @@
 """Accuracy and its cost: the untouched model and any number of recipes, on the same examples.
 
-Every answer is a line in a journal, so a run that was stopped goes on where it was; rows are made
-of the lines alone. Recipes take turns batch by batch, which makes their times comparable.
+Every answer is a record in a journal, and rows are made of the records alone. Recipes take turns
+batch by batch, in a new order each time, which makes their times comparable.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 import foveate
-from foveate.adapter import family, text_shape
-from foveate.answer import Answers, answer
-from foveate.ask import vision_rows
+from foveate.adapter import family, text_shape, vision_rows
+from foveate.answer import answer
+from foveate.ask import costs
 from foveate.bench import DENSE, Stopwatch
+from foveate.journal import Journal, Key, Record
 from foveate.recipe import Recipe
-from foveate.report import Report
 from foveate.statistics import difference, interval, mcnemar
 from foveate.tasks import Example, Task
 
 BLANK = (124, 116, 104)  # the mean colour of photos
 BASELINES = ("random", "pool", "downsample")
-Key = tuple[str, str, bool]
-_PROBED = 4  # examples that tell what a recipe costs
-
-
-@dataclass(frozen=True)
-class Record:
-    """One answer and what its prompt cost.
-
-    ``made`` tells recipes of one name apart; ``vision_tokens`` is the mean over layers.
-    """
-
-    task: str
-    recipe: str
-    made: str
-    blank: bool
-    index: int
-    kind: str
-    answer: str
-    score: float
-    vision_tokens: float
-    flops: int
-    dense_flops: int
-    prefill_ms: float
+_PROBED = 16  # examples that tell what a recipe costs
 
 
 @dataclass(frozen=True)
@@ -72,51 +50,52 @@ class Case:
         return self.name, hashlib.sha256(text.encode()).hexdigest()[:12], self.blank
 
 
-@dataclass
-class Journal:
-    """Records, and the file that keeps them.
+@dataclass(frozen=True)
+class Cost:
+    """A prompt's FLOPs; its rows and the vision tokens among them before any reduction."""
 
-    Attributes:
-        file: a line of JSON per record after a first line that says what was asked; None keeps
-            them in memory.
-        asked: what decides the answers besides recipe and task, such as model, split and seed.
+    flops: int
+    rows: int
+    vision: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples that go through the model together, and which of them each case lacks."""
+
+    span: range
+    lacking: list[list[int]]
+
+    @cached_property
+    def needed(self) -> list[int]:
+        return sorted(set().union(*self.lacking))
+
+
+def ready(tasks: Sequence[Task]) -> None:
+    """See that examples can be made and scored, before a model is loaded.
+
+    Raises:
+        ValueError: for a task without examples, or two of one name.
+        ImportError: for an absent package, with the line to type.
     """
-
-    file: Path | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a file that another command wrote."""
-        if self.file is None:
-            return
-        head = json.dumps(dict(self.asked), sort_keys=True)
-        if not self.file.is_file():
-            self.file.write_text(head + "\n")
-            return
-        first, *lines = self.file.read_text().split("\n")
-        if first != head:
+    interval([1.0])  # the row's statistics need a package, too
+    names = [task.name for task in tasks]
+    for task in tasks:
+        if names.count(task.name) > 1:
             raise ValueError(
-                f"{self.file} holds the answers of another command:\n  there {first}\n  now   "
-                f"{head}\nGive another --json, or delete the file to begin anew."
+                f"Two tasks are called {task.name}, and their rows could not be told apart; give "
+                "one, or rename the file."
             )
-        whole = lines[:-1]  # what follows the last line break was cut off
-        self.records += [Record(**json.loads(line)) for line in whole]
-        self.file.write_text("\n".join((first, *whole, "")))
+        _check_some(task)
+        task.score(task.example(0), "")
 
-    def add(self, records: Sequence[Record]) -> None:
-        self.records += records
-        if self.file is not None:
-            with self.file.open("a") as out:
-                out.writelines(json.dumps(asdict(r)) + "\n" for r in records)
 
-    def of(self, task: str) -> dict[Key, dict[int, Record]]:
-        """The records of a task, by case and example."""
-        found: dict[Key, dict[int, Record]] = {}
-        for r in self.records:
-            if r.task == task:
-                found.setdefault((r.recipe, r.made, r.blank), {})[r.index] = r
-        return found
+def digest(model: Any) -> str:
+    """Tells other weights under the same name apart, by the first values of each parameter."""
+    said = hashlib.sha256()
+    for parameter in model.parameters():
+        said.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return said.hexdigest()[:12]
 
 
 def evaluate(
@@ -139,7 +118,7 @@ def evaluate(
         recipes: by the name their rows get.
         blank: a further row of the untouched model with every image in one colour: what the
             questions alone give away.
-        journal: goes on from its records.
+        journal: goes on from its records; what it has answered is not made again.
         advance: told (task, answers just given).
 
     Raises:
@@ -151,21 +130,50 @@ def evaluate(
         cases.insert(1, Case(DENSE, blank=True))
     rows = []
     for task in tasks:
-        if len(task) == 0:
-            raise ValueError(
-                f"{task.name} finds nothing to ask here; give it more photos or another --split."
-            )
-        seen = journal.of(task.name)
-        for span, examples in _batches(task, batch_size):
-            for case in cases:
-                todo = [i for i in span if i not in seen.get(case.key, ())]
-                if todo:
-                    chosen = [examples[i - span.start] for i in todo]
-                    journal.add(_answered(model, processor, task, case, todo, chosen))
+        _check_some(task)
+        batches = _batches(task, cases, journal, batch_size)
+        warm: set[Key] = set()
+        for batch, examples in zip(batches, _made(task, batches), strict=True):
+            for case, indices in _in_turn(batch, cases):
+                for some in _alike(indices, examples):
+                    if case.key not in warm:
+                        _costs_of(model, processor, [examples[some[0]]], case.recipe)
+                        warm.add(case.key)
+                    journal.add(_answered(model, processor, task, case, some, examples))
                 if advance:
-                    advance(task.name, len(span))
+                    advance(task.name, len(batch.span))
         rows += summary(journal.of(task.name), cases, len(task))
     return rows
+
+
+def _check_some(task: Task) -> None:
+    if len(task) == 0:
+        raise ValueError(
+            f"{task.name} finds nothing to ask here; give it more photos, another --split or a "
+            "file with questions in it."
+        )
+
+
+def _batches(task: Task, cases: Sequence[Case], journal: Journal, size: int) -> list[Batch]:
+    seen = journal.of(task.name)
+    spans = [range(start, min(start + size, len(task))) for start in range(0, len(task), size)]
+    return [
+        Batch(span, [[i for i in span if i not in seen.get(c.key, ())] for c in cases])
+        for span in spans
+    ]
+
+
+def _in_turn(batch: Batch, cases: Sequence[Case]) -> list[tuple[Case, list[int]]]:
+    """Each case with what it lacks, in an order of the batch's own: none always follows another."""
+    jobs = list(zip(cases, batch.lacking, strict=True))
+    random.Random(batch.span.start).shuffle(jobs)
+    return jobs
+
+
+def _alike(indices: Sequence[int], examples: Mapping[int, Example]) -> list[list[int]]:
+    """Examples with choices apart from those without."""
+    parts = [[i for i in indices if bool(examples[i].choices) is given] for given in (False, True)]
+    return [part for part in parts if part]
 
 
 def summary(
@@ -174,12 +182,12 @@ def summary(
     """A row per case over the first ``n`` examples, compared with the untouched model's."""
     dense = found[Case(DENSE).key]
     return [
-        _row(case.name, [found[case.key][i] for i in range(n)], [dense[i] for i in range(n)])
+        _row(case, [found[case.key][i] for i in range(n)], [dense[i] for i in range(n)])
         for case in cases
     ]
 
 
-def _row(name: str, mine: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Any]:
+def _row(case: Case, mine: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Any]:
     scores, wanted = [r.score for r in mine], [r.score for r in theirs]
     low, high = interval(scores)
     worse, better = difference(scores, wanted)
@@ -187,8 +195,9 @@ def _row(name: str, mine: Sequence[Record], theirs: Sequence[Record]) -> dict[st
     kinds = sorted({r.kind for r in mine} - {""})
     return {
         "task": mine[0].task,
-        "recipe": name,
-        "blank": mine[0].blank,
+        "recipe": case.name,
+        "adaptive": case.recipe is not None and case.recipe.schedule.adaptive,
+        "blank": case.blank,
         "n": len(mine),
         "score": _mean(scores),
         "ci_low": low,
@@ -199,6 +208,8 @@ def _row(name: str, mine: Sequence[Record], theirs: Sequence[Record]) -> dict[st
         "mcnemar_p": mcnemar(scores, wanted),
         "agreement": _mean(same),
         "vision_tokens": _mean([r.vision_tokens for r in mine]),
+        "flops": _mean([r.flops for r in mine]),
+        "dense_flops": _mean([r.dense_flops for r in mine]),
         "flops_ratio": sum(r.dense_flops for r in mine) / sum(r.flops for r in mine),
         "prefill_ms": _mean([r.prefill_ms for r in mine]),
         "by": {k: _mean([r.score for r in mine if r.kind == k]) for k in kinds},
@@ -206,58 +217,92 @@ def _row(name: str, mine: Sequence[Record], theirs: Sequence[Record]) -> dict[st
 
 
 def baselines(
-    model: Any, processor: Any, task: Task, recipes: Mapping[str, Recipe]
+    model: Any,
+    processor: Any,
+    tasks: Sequence[Task],
+    recipes: Mapping[str, Recipe],
+    journal: Journal | None = None,
 ) -> tuple[dict[str, Recipe], list[str]]:
     """The plain methods at the FLOPs of each recipe, and what was left out, with its reason.
 
-    A recipe's FLOPs are measured on the first examples, so that adaptive ones have them too. A
-    baseline keeps the most tokens whose FLOPs are not above that.
+    A recipe's FLOPs are measured on the first examples of all tasks, so that adaptive ones have
+    them too. A baseline keeps the most tokens whose FLOPs are not above that; one that ``recipes``
+    has already is not made again.
+
+    Args:
+        journal: asked first; remembers.
     """
-    examples = [task.example(i) for i in range(min(_PROBED, len(task)))]
+    keys = [Case(*item).key[:2] for item in recipes.items()]
+    said = (journal or Journal()).once(
+        f"baselines of {keys} on {[task.name for task in tasks]}",
+        lambda: _baselines(model, processor, tasks, recipes),
+    )
+    return {name: Recipe.from_dict(made) for name, made in said["recipes"].items()}, said["notes"]
+
+
+def _baselines(
+    model: Any, processor: Any, tasks: Sequence[Task], recipes: Mapping[str, Recipe]
+) -> dict[str, Any]:
+    each = max(1, _PROBED // len(tasks))
+    examples = [task.example(i) for task in tasks for i in range(min(each, len(task)))]
     dense = _costs_of(model, processor, examples, None)
-    made: dict[str, Recipe] = {}
-    notes: list[str] = []
-    for recipe in recipes.values():
-        spent = sum(flops for flops, _, _ in _costs_of(model, processor, examples, recipe))
-        keep = _affordable(model, dense, spent)
-        for name in BASELINES:
-            label = f"{name}:keep={keep:.4g}"
-            if label not in made:
-                made[label] = foveate.recipe(name, keep=keep)
-    for label in list(made):
+    found = {n: _costs_of(model, processor, examples, r) for n, r in recipes.items()}
+    known = {(_plain(recipes[name]), spent[0].flops) for name, spent in found.items()}
+    made: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+    for label, recipe in _equal(model, dense, found.values()).items():
+        name = _plain(recipe)
         try:
-            _costs_of(model, processor, examples[:1], made[label])
+            (cost,) = _costs_of(model, processor, examples[:1], recipe)
         except NotImplementedError as error:
-            del made[label]
-            notes.append(f"{label} is left out: {error}")
-    return made, notes
+            notes[name] = f"{name} is left out: {error}"
+            continue
+        if (name, cost.flops) not in known:
+            known.add((name, cost.flops))
+            made[label] = recipe.to_dict()
+    return {"recipes": made, "notes": list(notes.values())}
 
 
-def _affordable(model: Any, dense: Sequence[tuple[int, int, int]], spent: int) -> float:
+def _equal(model: Any, dense: Sequence[Cost], found: Iterable[Sequence[Cost]]) -> dict[str, Recipe]:
+    """Every plain method at the FLOPs of each recipe."""
+    keeps = [_affordable(model, dense, sum(cost.flops for cost in spent)) for spent in found]
+    return {
+        f"{name}:keep={keep:.4g}": foveate.recipe(name, keep=keep)
+        for keep in keeps
+        for name in BASELINES
+    }
+
+
+def _plain(recipe: Recipe) -> str:
+    """The method's name when the recipe is one at the entrance and nothing else."""
+    return recipe.entrance.name if recipe.entrance and not recipe.layers else ""
+
+
+def _affordable(model: Any, dense: Sequence[Cost], spent: int) -> float:
     """The share of vision tokens, kept from the entrance on, that costs ``spent`` at most."""
     shape = text_shape(family(model).text(model))
-    most = max(vision for _, _, vision in dense)
+    most = max(cost.vision for cost in dense)
 
-    def cost(count: int) -> int:
-        lengths = [rows - vision + vision * count // most for _, rows, vision in dense]
+    def flops(count: int) -> int:
+        lengths = [cost.rows - cost.vision + cost.vision * count // most for cost in dense]
         return sum(shape.prefill_flops([length] * shape.layers) for length in lengths)
 
-    counts = [count for count in range(1, most + 1) if cost(count) <= spent]
+    counts = [count for count in range(1, most + 1) if flops(count) <= spent]
     return max(counts, default=1) / most
 
 
 def _costs_of(
     model: Any, processor: Any, examples: Sequence[Example], recipe: Recipe | None
-) -> list[tuple[int, int, int]]:
-    """(FLOPs, rows, vision tokens) of each example's prompt; the latter two before reducing."""
+) -> list[Cost]:
+    """What each example's (first) prompt costs, one by one."""
     found = []
     for example in examples:
         with ExitStack() as stack:
             report = stack.enter_context(foveate.reduced(model, recipe)) if recipe else None
             said = answer(model, processor, [example], max_new_tokens=1)
-        flops = _costs(model, report, said)[0][1]
+        flops = costs(model, report, said.ids, said.mask)[0]["flops"]
         vision = int(vision_rows(model, said.ids)[0].sum())
-        found.append((flops, int(said.mask[0].sum()), vision))
+        found.append(Cost(flops, int(said.mask[0].sum()), vision))
     return found
 
 
@@ -267,15 +312,16 @@ def _answered(
     task: Task,
     case: Case,
     indices: Sequence[int],
-    examples: Sequence[Example],
+    made: Mapping[int, Example],
 ) -> list[Record]:
     """One batch under one case."""
+    examples = [made[i] for i in indices]
     given = [_blanked(e) for e in examples] if case.blank else examples
     watch = Stopwatch(model)
     with watch.around(case.recipe) as report:
         said = answer(model, processor, given)
         prefill_ms = watch.forwards()[0].prefill_ms / len(said.ids)
-    costs = _costs(model, report, said)
+    spent, dense = (costs(model, r, said.ids, said.mask) for r in (report, None))
     return [
         Record(
             task=task.name,
@@ -286,45 +332,29 @@ def _answered(
             kind=example.meta.get("kind", ""),
             answer=text,
             score=task.score(example, text),
-            vision_tokens=tokens,
-            flops=flops,
-            dense_flops=dense_flops,
+            vision_tokens=mine["vision_tokens"],
+            flops=mine["flops"],
+            dense_flops=untouched["flops"],
             prefill_ms=prefill_ms,
         )
-        for index, example, text, (tokens, flops, dense_flops) in zip(
-            indices, examples, said.texts, costs, strict=True
+        for index, example, text, mine, untouched in zip(
+            indices, examples, said.texts, spent, dense, strict=True
         )
     ]
-
-
-def _costs(model: Any, report: Report | None, said: Answers) -> list[tuple[float, int, int]]:
-    """(mean vision tokens, FLOPs, FLOPs untouched) of each example's prompt."""
-    shape = text_shape(family(model).text(model))
-    lengths, vision = said.mask.sum(-1).tolist(), vision_rows(model, said.ids).sum(-1).tolist()
-    found = []
-    for b in said.rows:
-        rows, alive = [lengths[b]] * shape.layers, [vision[b]] * shape.layers
-        dense = shape.prefill_flops(rows)
-        if report is not None and report.rows:
-            rows = [layer[b] for layer in report.rows]
-            alive = [layer[b] for layer in report.alive]
-        found.append((sum(alive) / shape.layers, shape.prefill_flops(rows), dense))
-    return found
 
 
 def _blanked(example: Example) -> Example:
     return replace(example, image=Image.new("RGB", example.image.size, BLANK))
 
 
-def _batches(task: Task, size: int) -> Iterator[tuple[range, list[Example]]]:
-    """Examples in batches, the next ones made ready while the model works."""
-    spans = [range(s, min(s + size, len(task))) for s in range(0, len(task), size)]
+def _made(task: Task, batches: Sequence[Batch]) -> Iterator[dict[int, Example]]:
+    """The examples that each batch needs, the next ones made ready while the model works."""
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(task.example, i) for i in spans[0]]
-        for span, after in zip(spans, (*spans[1:], range(0)), strict=True):
-            coming = [pool.submit(task.example, i) for i in after]
-            yield span, [f.result() for f in waiting]
+        coming = [pool.submit(task.example, i) for i in batches[0].needed]
+        for batch, after in zip(batches, (*batches[1:], None), strict=True):
             waiting = coming
+            coming = [pool.submit(task.example, i) for i in after.needed] if after else []
+            yield dict(zip(batch.needed, (f.result() for f in waiting), strict=True))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -165,7 +165,7 @@ def recipe(
 
 def parse(text: str, keep: float | None = None) -> Recipe:
     """A recipe from the command line: a JSON file, a preset, or ``name:key=value,…``."""
-    if text.endswith(".json") or Path(text).is_file():
+    if finished(text):
         if keep is not None:
             raise ValueError(f"{text} is a finished recipe; --keep goes with a preset.")
         if not Path(text).is_file():
@@ -183,6 +183,11 @@ def parse(text: str, keep: float | None = None) -> Recipe:
     if keep is not None and ("keep" in knobs or "pruning_rate" in knobs):
         raise ValueError(f"The budget is said twice, --keep {keep} and in {text!r}; give one.")
     return recipe(name, **({"keep": keep} if keep is not None else {}) | knobs)
+
+
+def finished(text: str) -> bool:
+    """Whether the command line's ``text`` names a recipe file instead of a preset."""
+    return text.endswith(".json") or Path(text).is_file()
 
 
 def _literal(text: str) -> Any:

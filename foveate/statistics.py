@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,7 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
     if not scores:
         return 0.0, 1.0
     if _right_or_wrong(scores):
-        from scipy.stats import binomtest
-
-        found = binomtest(int(sum(scores)), len(scores)).proportion_ci(method="wilson")
+        found = _binomial(int(sum(scores)), len(scores)).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
     return _bootstrap(np.asarray(scores))
 
@@ -33,13 +32,18 @@ def mcnemar(scores: Sequence[float], dense: Sequence[float]) -> float | None:
     """Exact two-sided p that two right-or-wrong models err equally; None for other scores."""
     if not (_right_or_wrong(scores) and _right_or_wrong(dense)):
         return None
+    gained = sum(a > b for a, b in zip(scores, dense, strict=True))
+    lost = sum(a < b for a, b in zip(scores, dense, strict=True))
+    return float(_binomial(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def _binomial(hits: int, n: int) -> Any:
+    """The test by scipy of ``hits`` successes in ``n`` trials."""
     try:
         from scipy.stats import binomtest
     except ImportError as error:
         raise missing("scipy", "eval") from error
-    gained = sum(a > b for a, b in zip(scores, dense, strict=True))
-    lost = sum(a < b for a, b in zip(scores, dense, strict=True))
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return binomtest(hits, n)
 
 
 def _right_or_wrong(scores: Sequence[float]) -> bool:

@@ -7,19 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 import tiny
 import torch
 
 import foveate
+from foveate import loading
 
 MATRIX = Path(foveate.__file__).parent / "matrix.json"
-
-TEMPLATE = (
-    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}"
-    "so{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -34,36 +30,30 @@ def models():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA with its processor, as ``save_pretrained`` leaves it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+    return command.save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "so", "<image>"]
-    known = {word: i for i, word in enumerate(words)}
-    known |= {f"w{i}": i for i in range(len(words), 100)}
-    known["<image>"], known["w90"] = tiny.IMAGE, known["<image>"]
-    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, additional_special_tokens=["<image>"], **special
-    )
-    pixels = CLIPImageProcessorPil(
-        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    LlavaProcessor(
-        image_processor=pixels,
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    tiny.llava().save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def opened(checkpoint: Path) -> tuple[Any, Any]:
+    """The same, opened once."""
+    return loading.model(str(checkpoint), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def loaded(opened, monkeypatch) -> tuple[Any, Any]:
+    """Whatever ``--model`` says, this is the model; the opening itself is tested elsewhere."""
+    monkeypatch.setattr(loading, "model", lambda name, **_: opened)
+    return opened
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch) -> None:
+    """Commands write into a folder of their own; tables are wide enough not to fold."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.delenv("FOVEATE_TRACEBACK", raising=False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

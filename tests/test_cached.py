@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ from PIL import Image
 
 from foveate.pinhole import cached, mix
 from foveate.pinhole.assembly import IMAGE_TOKENS
+from foveate.pinhole.bank import RANK_SHARPNESS, rank_loss
 from foveate.pinhole.cached import CachedRun, Features, Vocabulary, align, cells
+from foveate.pinhole.mix import RANKED
 from foveate.pinhole.packed import Student
 from foveate.tasks.photos import photos
 
@@ -138,6 +141,27 @@ def test_align_learns_which_picture_has_which_word(
     assert near.argmax(1).tolist() == list(range(kinds))
 
 
+# --- ranking -----------------------------------------------------------------------------------
+
+
+def test_ranking_compares_the_first_captions_mean_likelihood() -> None:
+    """Naively: softmax over the means of the first segments, in the rows that are ranked."""
+    draw = torch.Generator().manual_seed(0)
+    segment = torch.tensor([[0, 0, 1, 2, 3, 3, 4, -1], [0, 1, 1, 2, 2, 3, 3, 4], [0] * 8])
+    asked = (segment.flatten() >= 0).nonzero()[:, 0]
+    logp = -torch.rand(len(asked), generator=draw)
+    rows = SimpleNamespace(text=segment, segment=segment)
+    losses = []
+    for row in (0, 1):
+        of = segment.flatten()[asked].where(asked // 8 == row, -1)
+        means = torch.stack([logp[of == k].mean() for k in range(RANKED)])
+        losses.append(-(means * RANK_SHARPNESS).log_softmax(0)[0])
+    ranked = torch.tensor([True, True, False])
+    loss = rank_loss(rows, logp, asked, ranked)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert rank_loss(rows, logp, asked, ~ranked[[0, 0, 0]]) == 0  # type: ignore[arg-type]
+
+
 # --- tune --------------------------------------------------------------------------------------
 
 
@@ -187,7 +211,7 @@ def start(
     def begin(name: str) -> CachedRun:
         out = tmp_path / name
         miniature.tokenizer_file(out / "processor" / "tokenizer.json", spoken)
-        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3))
+        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), drawn=1)
         list(run.encode())
         return run
 
@@ -268,6 +292,37 @@ def test_alignment_is_done_once(
 def test_too_few_photos_to_align_with(start: Callable[[str], CachedRun]) -> None:
     with pytest.raises(ValueError, match="use more photos"):
         next(start("few").align(4))
+
+
+def test_rows_show_their_own_images(start: Callable[[str], CachedRun]) -> None:
+    run = start("rows")
+    lessons, draw = run.lessons, torch.Generator().manual_seed(0)
+    rows, ranked = lessons.stored(run.features, random.Random(3), draw, 40, 4)
+    found = {int(i) for row in rows.pixels for i in shown_in(run.features, row)}
+    assert len(found & set(range(12))) > 6 and found & {12, 13, 14}, "photos, easy-VQA after them"
+    for row, is_photo in zip(rows.pixels, ranked, strict=True):
+        assert bool(is_photo) == (int(shown_in(run.features, row)[0]) < 12)
+
+
+def shown_in(features: Features, row: torch.Tensor) -> torch.Tensor:
+    """The images of which every feature in ``row`` is one."""
+    every = features.take(range(features.count))
+    near = (every[:, None] - row[None, :, None]).abs().amax(-1).amin(-1)
+    return (near.amax(1) == 0).nonzero()[:, 0]
+
+
+def test_scenes_are_drawn_anew_and_encoded(start: Callable[[str], CachedRun]) -> None:
+    run = start("drawn")
+    draw = torch.Generator().manual_seed(0)
+    rows = run.lessons.drawn(run.student, random.Random(5), draw, 2, 1)
+    again = run.lessons.drawn(run.student, random.Random(5), draw, 2, 1)
+    other = run.lessons.drawn(run.student, random.Random(6), draw, 2, 1)
+    assert torch.equal(rows.pixels, again.pixels) and torch.equal(rows.text, again.text)
+    assert not torch.equal(rows.pixels, other.pixels)
+    scene = mix.scene_row("shapes", random.Random(5), run.lessons.backgrounds)
+    pixels = torch.from_numpy(np.stack([scene.pixels]))  # type: ignore[list-item]
+    expected = run.student.features(cached.normalise(cached.resized(pixels)))
+    torch.testing.assert_close(rows.pixels[:1], expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_encoder_stays_as_it_is(start: Callable[[str], CachedRun]) -> None:

@@ -18,20 +18,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEMPLATE
+from command import LAYERS, TEMPLATE, VISION, absent, never, refuses, run, works, wrote
 from PIL import Image
 from transformers import BatchFeature
-from typer.testing import CliRunner, Result
 
 import foveate
 from foveate import catalogue, cli, demo, loading, trace
-from foveate.ask import prepare, vision_rows
-from foveate.cli.app import app
+from foveate.adapter import vision_rows
+from foveate.ask import prepare
 from foveate.recipe import PRESETS
 from foveate.reducer import discover
 
 BLIND = "{% for m in messages %}what so{% endfor %}"
-VISION, LAYERS = 36, 6
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,58 +42,11 @@ def known_objects() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def opened(checkpoint: Path) -> tuple[Any, Any]:
-    """The same, opened once."""
-    return loading.model(str(checkpoint), dtype="float32", device="cpu")
-
-
-@pytest.fixture
-def loaded(opened, monkeypatch) -> tuple[Any, Any]:
-    """Whatever ``--model`` says, this is the model; the opening itself is tested elsewhere."""
-    monkeypatch.setattr(loading, "model", lambda name, **_: opened)
-    return opened
-
-
-@pytest.fixture(scope="session")
 def photo(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("photos") / "photo.png"
     pixels = torch.randint(0, 255, (60, 80, 3), generator=torch.Generator().manual_seed(0))
     Image.fromarray(pixels.to(torch.uint8).numpy()).save(file)
     return file
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch) -> None:
-    """Commands write into a folder of their own; tables are wide enough not to fold."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "240")
-    monkeypatch.delenv("FOVEATE_TRACEBACK", raising=False)
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def works(*words: object) -> str:
-    result = run(*words)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refuses(*words: object, status: int = 2) -> str:
-    """What the command says against it, as one line; tables and spinners are not in it."""
-    result = run(*words)
-    assert result.exit_code == status, result.output
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert "Traceback" not in result.output
-    assert not result.stdout
-    said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
-    assert 20 < len(said) < 1200, said
-    return said
-
-
-def wrote(file: str) -> Any:
-    return json.loads(Path(file).read_text())
 
 
 # What they print
@@ -116,8 +68,7 @@ def test_methods_lists_every_method_and_preset() -> None:
 
 def test_markdown_holds_what_the_table_holds() -> None:
     printed = works("methods", "--markdown")
-    assert printed.strip() == catalogue.markdown()
-    assert printed.startswith(catalogue.BEGIN)
+    assert printed.strip() == catalogue.BLOCK.around(catalogue.markdown())
     for name, cls in discover().items():
         (line,) = [row for row in printed.splitlines() if row.startswith(f"| `{name}` |")]
         assert all(f"`{knob}=" in line for knob in cls().knobs())
@@ -126,18 +77,19 @@ def test_markdown_holds_what_the_table_holds() -> None:
 
 def test_the_catalogue_is_written_between_the_markers() -> None:
     file = Path("README.md")
-    file.write_text(f"before\n{catalogue.BEGIN}\nold\n{catalogue.END}\nafter\n")
+    file.write_text(f"before\n{catalogue.BLOCK.begin}\nold\n{catalogue.BLOCK.end}\nafter\n")
+    now = catalogue.BLOCK.around(catalogue.markdown())
     for _ in range(2):
         works("methods", "--write", file)
-        assert file.read_text() == f"before\n{catalogue.markdown()}\nafter\n"
+        assert file.read_text() == f"before\n{now}\nafter\n"
 
 
 def test_the_readme_has_the_catalogue_of_now() -> None:
     text = (Path(foveate.__file__).parents[1] / "README.md").read_text()
-    begin, end = text.find(catalogue.BEGIN), text.find(catalogue.END)
-    assert 0 < begin < end, "put catalogue.MARKERS into README.md"
+    begin, end = text.find(catalogue.BLOCK.begin), text.find(catalogue.BLOCK.end)
+    assert 0 < begin < end, "put the two comments of catalogue.BLOCK into README.md"
     again = "run: foveate methods --markdown --write README.md"
-    assert text[begin : end + len(catalogue.END)] == catalogue.markdown(), again
+    assert catalogue.BLOCK.replaced(text, catalogue.markdown()) == text, again
 
 
 def test_models_follows_the_contract() -> None:
@@ -358,10 +310,6 @@ def test_bad_options(
     assert re.search(message, refuses(command, *given, *words.split()))
 
 
-def never(*_: Any, **__: Any) -> Any:
-    raise AssertionError("the model was run")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -526,13 +474,6 @@ def test_missing_extras(command: str, module: str, line: str, photo: Path, monke
     monkeypatch.setattr(loading, "model", never)
     absent(module, monkeypatch)
     assert line in refuses(*command.split())
-
-
-def absent(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``import module`` fail as if it were not installed."""
-    for name in [name for name in sys.modules if name.split(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
 
 
 @pytest.mark.parametrize("module", ["typer", "rich"])

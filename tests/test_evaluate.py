@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 
 import foveate
-from foveate.answer import MAX_NEW_TOKENS, answer
-from foveate.evaluate import BLANK, Journal, baselines, evaluate
+from foveate.answer import answer
+from foveate.evaluate import BLANK, baselines, evaluate
+from foveate.journal import Journal
 from foveate.statistics import difference, interval, mcnemar
 from foveate.tasks import Example
 from foveate.tasks.example import matches
 
 WORDS = [chr(97 + i) + chr(97 + j) for i in range(8) for j in range(10)]
-STEPS = MAX_NEW_TOKENS
+STEPS = Example.new_tokens
 TEMPLATE = "{% for m in messages %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }} {% endfor %}{% endfor %}"  # noqa: E501
 
 
@@ -170,6 +171,27 @@ def test_choices_are_those_of_a_naive_loop(pair: tuple[Any, Any], rule: str) -> 
     assert len({e.choices.index(a) for e, a in zip(some, expected, strict=True)}) > 1
 
 
+@pytest.mark.parametrize("method", ["fastv", "attention", "pagerank"])
+def test_choices_do_not_steer_the_method(pair: tuple[Any, Any], method: str) -> None:
+    """As in use: the prompt is reduced alone, then each choice is said token by token."""
+    some = chosen().examples
+    with foveate.reduced(pair[0], foveate.recipe(method, keep=0.25, before=1)):
+        expected = [likeliest_in_use(*pair, e) for e in some]
+        assert texts(pair, some, 3) == expected
+
+
+@torch.no_grad()
+def likeliest_in_use(model: Any, processor: Any, example: Example) -> str:
+    scores = []
+    for choice in example.choices:
+        out, logp = model(**prompt_of(processor, example), use_cache=True), []
+        for token in processor.tokenizer(choice + "<|im_end|>")["input_ids"]:
+            logp.append(float(out.logits[0, -1].log_softmax(-1)[token]))
+            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
+        scores.append(sum(logp) / len(logp))
+    return example.choices[int(np.argmax(scores))]
+
+
 def test_mean_and_sum_differ(pair: tuple[Any, Any]) -> None:
     some = chosen().examples
     assert texts(pair, some, 7) != texts(pair, some, 7, likelihood="sum")
@@ -231,8 +253,7 @@ def test_blanked_images_are_blank(pair: tuple[Any, Any]) -> None:
     colour = torch.tensor(BLANK) / 255
     images = processor.image_processor
     expected = (colour - torch.tensor(images.image_mean)) / torch.tensor(images.image_std)
-    _, pixels = seen.pixels
-    assert len(pixels) == 7
+    (pixels,) = [p for p in seen.pixels if len(p) == 7 and torch.equal(p[0], p[6])]
     torch.testing.assert_close(pixels, expected[:, None, None].expand_as(pixels), atol=1e-5, rtol=0)
 
 
@@ -285,6 +306,32 @@ def test_a_stopped_run_goes_on(pair: tuple[Any, Any], tmp_path: Path) -> None:
     assert file.read_text().startswith(kept) and file.read_text().count("\n") == 1 + 21
 
 
+def test_what_is_answered_is_not_made_again(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    file = tmp_path / "rows.answers"
+    for recipes, drawn in (({}, [*range(4)]), ({}, []), (RECIPES, [*range(7)])):
+        made = asked(4 if recipes == {} else 7)
+        rows = evaluate(*pair, [made], recipes, batch_size=3, journal=Journal(file))
+        assert sorted(made.drawn) == drawn and len(rows) == 1 + len(recipes)
+
+
+def test_a_fact_is_found_out_once(tmp_path: Path) -> None:
+    file = tmp_path / "rows.answers"
+    assert Journal(file).once("a", lambda: [1]) == [1]
+    journal = Journal(file)
+    assert journal.once("a", lambda: [2]) == [1] and journal.once("b", lambda: {}) == {}
+    assert Journal(file).facts == {"a": [1], "b": {}} and Journal().once("a", lambda: 3) == 3
+
+
+def test_questions_with_and_without_choices_in_one_task(pair: tuple[Any, Any]) -> None:
+    """They are answered as in tasks of their own."""
+    some = [e for two in zip(asked(3).examples, chosen(3).examples, strict=True) for e in two]
+    journal = Journal()
+    evaluate(*pair, [Listed(some)], {}, batch_size=4, journal=journal)
+    said = {r.index: r.answer for r in journal.records}
+    assert [said[i] for i in range(6)][::2] == texts(pair, some[::2], 3)
+    assert [said[i] for i in range(6)][1::2] == texts(pair, some[1::2], 3)
+
+
 def test_a_changed_recipe_of_the_same_name_is_asked_anew(
     pair: tuple[Any, Any], tmp_path: Path
 ) -> None:
@@ -304,7 +351,7 @@ def test_a_journal_of_another_command_is_refused(tmp_path: Path) -> None:
 
 
 def test_baselines_cost_what_the_recipe_costs(pair: tuple[Any, Any]) -> None:
-    made, notes = baselines(*pair, asked(), {"fastv": RECIPES["fastv"]})
+    made, notes = baselines(*pair, [asked()], {"fastv": RECIPES["fastv"]})
     assert [name.partition(":")[0] for name in made] == ["random", "pool", "downsample"]
     assert not notes
     rows = evaluate(*pair, [asked()], {"fastv": RECIPES["fastv"], **made})

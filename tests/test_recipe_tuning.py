@@ -174,8 +174,6 @@ def test_the_command(
     monkeypatch.setattr(pinhole, "load", load)
     monkeypatch.setattr(assembly, "path", lambda: folder)
     monkeypatch.setattr(train, "EasyRows", Easy)
-    named = train.task
-    monkeypatch.setattr(train, "task", lambda name, **more: named("flickr8k-yesno", **more))
     text, out = "prumerge:keep=0.125", tmp_path / "out"
     given = {"data": folder / "data", "out": out, "recipe": text, "device": "cpu"}
     train.main(**given, check=4, max_steps=2, lr=1e-2, batch=3, limit=8)

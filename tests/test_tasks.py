@@ -131,8 +131,22 @@ def test_the_right_caption_is_the_photos_own(folder: Path) -> None:
     assert min(places[p] for p in range(3)) >= 5  # not always in the same place
 
 
+def test_a_caption_is_scored_by_its_likeness_to_the_nearest(tmp_path: Path) -> None:
+    said = ["A brown dog runs through the snow .", "Children are playing ."]
+    made = task("flickr8k-caption", data=miniature.photo_folder(tmp_path, [said]))
+    example = made.example(0)
+    assert (example.answer, *example.also) == tuple(map(sentence, said))
+    assert example.new_tokens > len(example.answer.split()) * 2, "captions would be cut short"
+    scores = [made.score(example, a) for a in (example.answer, *example.also)]
+    assert scores == pytest.approx([1.0, 1.0])
+    close = made.score(example, "A brown dog running in the snow.")
+    unrelated = made.score(example, "Two cyclists wait at traffic lights.")
+    assert 1 > close > 0.5 > 0.3 > unrelated >= made.score(example, "") == 0
+
+
 @pytest.mark.parametrize(
-    "name", ["flickr8k-yesno", "flickr8k-yesno-adversarial", "flickr8k-choice"]
+    "name",
+    ["flickr8k-yesno", "flickr8k-yesno-adversarial", "flickr8k-choice", "flickr8k-caption"],
 )
 def test_photo_tasks_repeat_for_a_seed(name: str, folder: Path) -> None:
     def all_of(seed: int, limit: int | None = None) -> list[tuple[Any, ...]]:
@@ -165,6 +179,10 @@ def no_json(folder: Path) -> None:
     (folder / "validation.jsonl").write_text("image,captions\n")
 
 
+def no_caption(folder: Path) -> None:
+    (folder / "validation.jsonl").write_text('{"image": "validation-0.jpg", "captions": []}')
+
+
 def name_unknown(folder: Path) -> None:
     line = json.dumps({"image": "gone.jpg", "captions": captions()[0]})
     (folder / "validation.jsonl").write_text("\n".join([line] * 3))
@@ -191,6 +209,7 @@ def no_pictures(folder: Path) -> None:
     [
         (bad_line, r"validation\.jsonl, line 49 is not of the form"),
         (no_json, r"line 1 is not of the form"),
+        (no_caption, r"line 1 is not of the form"),
         (name_unknown, r"holds no gone\.jpg"),
         (no_tar, r"validation\.tar is damaged"),
         (packed_tar, r"uncompressed"),
@@ -432,6 +451,81 @@ def test_scenes_repeat_and_splits_and_seeds_differ(name: str) -> None:
     assert len(task(name)) == 1000 and len(task(name, limit=7)) == 7
 
 
+# --- a task of one's own -----------------------------------------------------------------------
+
+
+def own(folder: Path, *rows: dict[str, Any], images: int = 3) -> Path:
+    """``mine.jsonl`` in ``folder``, and photos/0.png, 1.png and so on, each of one colour."""
+    (folder / "photos").mkdir()
+    for i in range(images):
+        Image.new("RGB", (20, 20), miniature.colour(i)).save(folder / "photos" / f"{i}.png")
+    said = [{"image": "photos/0.png", "question": "what", "answer": "this"} | row for row in rows]
+    file = folder / "mine.jsonl"
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in said), "utf-8")
+    return file
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = own(tmp_path, *({"image": f"photos/{i}.png", "answer": str(i)} for i in range(3)))
+    monkeypatch.chdir("/")
+    made = task(str(file))
+    rows = [made.example(i) for i in range(3)]
+    assert made.name == "mine" and len(made) == 3
+    assert [number_of(e.image) for e in rows] == [int(e.answer) for e in rows]
+
+
+def test_the_seed_shuffles_and_the_limit_cuts(tmp_path: Path) -> None:
+    file = own(tmp_path, *({"answer": str(i)} for i in range(9)))
+    orders = [[e.answer for e in map(task(str(file), seed=s).example, range(9))] for s in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == list("012345678")
+    cut = task(str(file), limit=4)
+    assert [cut.example(i).answer for i in range(len(cut))] == orders[0][:4]
+
+
+def test_any_of_several_answers_will_do(tmp_path: Path) -> None:
+    made = task(str(own(tmp_path, {"answer": ["two", "2", "schön"]})))
+    example = made.example(0)
+    assert (example.answer, example.also, example.choices) == ("two", ("2", "schön"), ())
+    said = {"2": 1, "Two.": 1, "Schön!": 1, "sch n": 0, "3": 0, "": 0}
+    assert {a: made.score(example, a) for a in said} == said
+
+
+def test_choices_are_compared_as_they_stand(tmp_path: Path) -> None:
+    made = task(str(own(tmp_path, {"answer": "+", "choices": ["-", "+", "+ "]})))
+    example = made.example(0)
+    assert example.choices == ("-", "+", "+ ")
+    assert [made.score(example, c) for c in example.choices] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": []}, r"mine\.jsonl, line 2 is not of the form"),
+        ({"answer": 3}, "line 2 is not of the form"),
+        ({"answer": " "}, "line 2 is not of the form"),
+        ({"question": None}, "line 2 is not of the form"),
+        ({"answer": "C", "choices": ["A", "B"]}, "line 2.*of which every answer is one"),
+        ({"answer": ["A", "C"], "choices": ["A", "B"]}, "line 2.*of which every answer is one"),
+        ({"image": "photos/9.png"}, r"line 2 names the image photos/9\.png, which is not in"),
+    ],
+)
+def test_a_bad_line_is_named(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    made = task(str(own(tmp_path, {}, row)))
+    with pytest.raises(ValueError, match=message):
+        len(made)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    file = own(tmp_path, {})
+    (tmp_path / "photos" / "0.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"0\.png is not a picture that Pillow can read"):
+        task(str(file)).example(0)
+    file.write_bytes('{"image": "schön"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"mine\.jsonl is not UTF-8 text"):
+        len(task(str(file)))
+
+
 # --- names and answers -------------------------------------------------------------------------
 
 
@@ -450,9 +544,15 @@ def test_an_unknown_task_or_split_is_refused() -> None:
         (" yes\nNo", 1.0),
         ("YES!", 1.0),
         ("yes, it is", 0.0),
+        ("?", 0.0),
         ("no", 0.0),
         ("", 0.0),
     ],
 )
 def test_an_answer_is_right_when_it_says_this_and_no_more(answer: str, score: float) -> None:
     assert matches("yes", answer) == score
+
+
+def test_answers_of_other_scripts_are_told_apart() -> None:
+    assert matches("красный", "Красный.") == matches("+", " +\n") == 1.0
+    assert matches("красный", "синий") == matches("+", "-") == matches("красный", "") == 0.0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import transformers
@@ -21,7 +24,13 @@ from typer.core import TyperGroup
 import foveate
 from foveate import catalogue, loading
 from foveate.cli import tables
-from foveate.recipe import Recipe, parse
+from foveate.recipe import Recipe, finished, parse
+
+if TYPE_CHECKING:
+    from foveate.tasks import Task
+
+_COMMAND = "foveate.command"  # where the context keeps what was typed
+_ADAPTIVE = "adaptive"
 
 _EXTRAS: Mapping[str, str] = {
     "PIL": "pinhole",
@@ -38,6 +47,10 @@ _EXTRAS: Mapping[str, str] = {
 
 class _Commands(TyperGroup):
     """Says what went wrong in one message instead of a traceback; exit status 2."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_COMMAND] = shlex.join(("foveate", *args))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         transformers.logging.set_verbosity_error()
@@ -235,7 +248,8 @@ def trace(
     json_file: Json = None,
 ) -> None:
     """Draw which patches survive, layer by layer."""
-    from foveate.ask import answers, prepare, vision_rows
+    from foveate.adapter import vision_rows
+    from foveate.ask import answers, prepare
     from foveate.trace import draw, layers_worth_drawing, panel, ready
 
     opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
@@ -312,6 +326,7 @@ def bench(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     task: Annotated[
         list[str],
         typer.Option("--task", help="A task or a JSONL file of your own; several, or with commas."),
@@ -319,7 +334,12 @@ def evaluate(
     model: Model = loading.PINHOLE,
     recipe: Recipes = None,
     keep: Annotated[
-        str, typer.Option("--keep", help="Every preset at each of these, such as 0.33,0.11.")
+        str,
+        typer.Option(
+            "--keep",
+            help="Every preset at each of these, such as 0.33,0.11; the word adaptive adds the "
+            "methods that choose their own count (prumerge, prumerge+) doing so.",
+        ),
     ] = "",
     baselines: Annotated[
         bool, typer.Option(help="Also random, pool and downsample at each recipe's FLOPs.")
@@ -338,35 +358,40 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = None,
     json_file: Json = None,
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", help="Put the table, as markdown, between a file's markers."),
+    ] = None,
 ) -> None:
     """Accuracy with 95 % intervals, dense against recipes; goes on where it was stopped.
 
-    With --json FILE every answer is kept beside it (FILE.answers), and the same command goes on.
+    With --json FILE every answer is kept beside it (FILE.answers), and the same command goes on;
+    of a finished run it only makes the table again.
     """
     from foveate import evaluate as leaf
+    from foveate import scoreboard
     from foveate.bench import about
-    from foveate.tasks import task as named
+    from foveate.journal import Journal
 
+    made = _budgeted(recipe or [], keep)
     _no_shape(model, "eval")
-    wanted = [name.strip() for text in task for name in text.split(",") if name.strip()]
-    tasks = [named(n, data=data, split=split, seed=seed, limit=limit) for n in wanted]
-    if not tasks:
-        raise ValueError("--task names no task; try --task easyvqa.")
-    made: dict[str, Recipe] = {}
-    for part in _shares(keep):
-        more = _recipes(recipe or [], part)
-        made |= {_label(name, part): one for name, one in more.items()}
+    if write is not None:
+        scoreboard.BLOCK.check(write)
+    named = _tasks(task, data=data, split=split, seed=seed, limit=limit)
+    tasks = list(named.values())
+    leaf.ready(tasks)
     loaded, processor = _load(model, dtype, device, threads, made)
-    result = about(loaded, model) | {"split": split, "seed": seed, "rows": [], "notes": []}
-    asked = {k: result[k] for k in ("model", "dtype", "split", "seed", "versions")}
-    journal = leaf.Journal(
+    asked = about(loaded, model) | {"split": split, "seed": seed}
+    journal = Journal(
         json_file and json_file.with_name(json_file.name + ".answers"),
-        asked | {"data": str(data or "")},
+        asked | {"weights": leaf.digest(loaded), "data": str(data or ""), "files": _digests(named)},
     )
+    begun = journal.once("begun", lambda: str(date.today()))
+    result = asked | {"date": begun, "command": context.meta[_COMMAND], "rows": [], "notes": []}
     with _progress() as bar:
         if baselines and made:
             job = bar.add_task("finding baselines of equal FLOPs", total=None)
-            plain, result["notes"] = leaf.baselines(loaded, processor, tasks[0], made)
+            plain, result["notes"] = leaf.baselines(loaded, processor, tasks, made, journal)
             made |= plain
             bar.remove_task(job)
         columns = 1 + blank + len(made)
@@ -383,6 +408,8 @@ def evaluate(
         )
     tables.console().print(tables.evaluation(result))
     _write(json_file, result)
+    if write is not None:
+        scoreboard.BLOCK.write(write, scoreboard.markdown(result))
 
 
 @app.command()
@@ -396,10 +423,10 @@ def methods(
     """The catalogue of methods and presets."""
     rows, presets = catalogue.methods(), catalogue.presets()
     if write is not None:
-        _rewrite(write)
+        catalogue.BLOCK.write(write, catalogue.markdown())
         typer.echo(f"{write} is up to date.")
     elif markdown:
-        typer.echo(catalogue.markdown())
+        typer.echo(catalogue.BLOCK.around(catalogue.markdown()))
     else:
         tables.console().print(tables.methods(rows, presets))
     _write(json_file, {"rows": rows, "presets": presets})
@@ -415,22 +442,64 @@ def models(json_file: Json = None) -> None:
 
 def _recipes(given: Sequence[str], keep: float | None) -> dict[str, Recipe]:
     """The recipes of the command line, by the text that names them."""
-    finished = [text for text in given if text.endswith(".json") or Path(text).is_file()]
-    made = {text: parse(text, None if text in finished else keep) for text in given}
-    if keep is not None and len(finished) == len(given):
-        parse(finished[0], keep)  # refuses a budget for a finished recipe
+    made = {text: parse(text, None if finished(text) else keep) for text in given}
+    if keep is not None and all(map(finished, given)):
+        parse(given[0], keep)  # refuses a budget for a finished recipe
     return made
 
 
-def _shares(text: str) -> list[float | None]:
+def _budgeted(given: Sequence[str], keep: str) -> dict[str, Recipe]:
+    """The recipes of ``eval``: every preset at each budget, finished recipes as they are."""
+    budgets = [part.strip() for part in keep.split(",") if part.strip()]
+    if not budgets:
+        return _recipes(given, None)
+    if not given:
+        raise ValueError(f"--keep {keep} says what each --recipe keeps, and none is given.")
+    if all(map(finished, given)):
+        raise ValueError(f"{given[0]} is a finished recipe; --keep goes with a preset.")
+    made: dict[str, Recipe] = {}
+    for text in given:
+        for budget in budgets:
+            made |= _at(text, budget)
+    if _ADAPTIVE in budgets and not any(one.schedule.adaptive for one in made.values()):
+        raise ValueError(
+            f"--keep {_ADAPTIVE} is for methods that choose their own count, and none of "
+            f"{', '.join(given)} does; prumerge and prumerge+ do."
+        )
+    return made
+
+
+def _at(text: str, budget: str) -> dict[str, Recipe]:
+    """The recipe ``text`` at one budget, by its name; none where it cannot be adaptive."""
+    if finished(text):
+        return {text: parse(text)}
+    if budget == _ADAPTIVE:
+        own = parse(text)
+        return {text: own} if own.schedule.adaptive else {}
     try:
-        return [float(part) for part in text.split(",") if part.strip()] or [None]
+        share = float(budget)
     except ValueError:
-        raise ValueError(f"--keep is {text!r}; give fractions, such as 0.33,0.11.") from None
+        raise ValueError(
+            f"--keep holds {budget!r}; give fractions, such as 0.33,0.11, or {_ADAPTIVE}."
+        ) from None
+    return {f"{text}{',' if ':' in text else ':'}keep={budget}": parse(text, share)}
 
 
-def _label(name: str, keep: float | None) -> str:
-    return name if keep is None else f"{name}{',' if ':' in name else ':'}keep={keep:.4g}"
+def _tasks(given: Sequence[str], **how: Any) -> dict[str, Task]:
+    """The tasks of the command line by what was typed; a file may have commas in its name."""
+    from foveate.tasks import task
+
+    parts = [[text] if Path(text).is_file() else text.split(",") for text in given]
+    names = dict.fromkeys(name.strip() for part in parts for name in part if name.strip())
+    if not names:
+        raise ValueError("--task names no task; try --task easyvqa.")
+    return {name: task(name, **how) for name in names}
+
+
+def _digests(names: Iterable[str]) -> dict[str, str]:
+    """What is in the files among tasks: when it has changed, old answers are no answers to it."""
+    files = [name for name in names if name.endswith(".jsonl")]
+    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:12] for f in files}
 
 
 def _no_shape(model: str, command: str) -> None:
@@ -456,13 +525,6 @@ def _load(
             raise ValueError(f"{text}: {error}") from None
         foveate.detach(loaded)
     return loaded, processor
-
-
-def _rewrite(file: Path) -> None:
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise ValueError(f"{file} {what}; give a file with these two lines:\n{catalogue.MARKERS}")
-    file.write_text(catalogue.written(file.read_text()))
 
 
 def _size(text: str) -> tuple[int, int] | None:

@@ -10,6 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from foveate import scoreboard
+
 Row = Mapping[str, Any]
 _ABREAST = 5  # columns of recipes that fit into 80 characters
 
@@ -94,38 +96,49 @@ def _legend(result: Row) -> str:
 
 
 def evaluation(result: Row) -> RenderableType:
-    """Scores with their intervals, a section a task; what dense lost or gained beside them."""
-    table = _table(f"{result['model']} on {result['device']}, {result['dtype']}, {result['split']}")
+    """What each recipe costs over all tasks, then a table of scores for each task."""
+    head = f"{result['model']} on {result['device']}, {result['dtype']}, {result['split']} split"
+    tasks = dict.fromkeys(row["task"] for row in result["rows"])
+    parts = [[row for row in result["rows"] if row["task"] == task] for task in tasks]
+    made = [_costs(scoreboard.lines(result["rows"])), *map(_scores, parts)]
+    notes = [Text(note) for note in (*result["notes"], _SCORED)]
+    return Group(Text(head, "bold"), *(part for table in made for part in ("", table)), "", *notes)
+
+
+def _costs(lines: Sequence[scoreboard.Line]) -> Table:
+    table = _numbers("cost, all tasks", "vision tokens", "FLOPs", "prefill ms")
+    for line in lines:
+        fewer = f"{line.fewer:.2f}× fewer" if line.recipe != "dense" else ""
+        table.add_row(line.name, f"{line.vision_tokens:.1f}", fewer, f"{line.prefill_ms:.0f}")
+    return table
+
+
+def _scores(rows: Sequence[Row]) -> Table:
+    first = rows[0]
+    title = f"{first['task']}, {first['n']} examples"
+    table = _numbers(title, "%", "95 %", "− dense", "95 %", "same")
+    for row in rows:
+        score = [f"{100 * row['score']:.1f}", _between(row, "ci", "")]
+        gained = [f"{100 * row['difference']:+.1f}{'*' if scoreboard.differs(row) else ' '}"]
+        gained += [_between(row, "difference", "+"), f"{row['agreement']:.0%}"]
+        same = row is first
+        table.add_row(scoreboard.named(row), *score, *(("",) * 3 if same else gained))
+    return table
+
+
+def _between(row: Row, name: str, sign: str) -> str:
+    return "…".join(f"{100 * row[f'{name}_{end}']:{sign}.1f}" for end in ("low", "high"))
+
+
+def _numbers(title: str, *heads: str) -> Table:
+    """A table of recipes: of 80 characters, 32 are left for their names and no number is cut."""
+    table = _table(title)
+    table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0)
+    table.title_style = "bold cyan"
     table.add_column("recipe", style="cyan", overflow="fold")
-    heads = ("score", "95 %", "against dense", "same", "tokens", "FLOPs", "prefill ms")
-    for name in heads:
-        table.add_column(name, justify="right")
-    for task in dict.fromkeys(row["task"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["task"] == task]
-        table.add_section()
-        table.add_row(Text(f"{task}, {rows[0]['n']} examples", "bold"))
-        for row in rows:
-            table.add_row(*_scored(row))
-    notes = [*result["notes"], _SCORED]
-    return Group(table, *(Text(note) for note in notes))
-
-
-def _scored(row: Row) -> Iterable[str]:
-    plain = row["recipe"] == "dense" and not row["blank"]
-    yield row["recipe"] + (", blank images" if row["blank"] else "")
-    yield f"{row['score']:.1%}"
-    yield f"{row['ci_low']:.1%} – {row['ci_high']:.1%}"
-    p = row["mcnemar_p"]
-    yield (
-        ""
-        if plain
-        else f"{100 * row['difference']:+.1f} ({100 * row['difference_low']:+.1f} … "
-        f"{100 * row['difference_high']:+.1f}" + ("" if p is None else f"; p={p:.2g}") + ")"
-    )
-    yield "" if plain else f"{row['agreement']:.0%}"
-    yield f"{row['vision_tokens']:.0f}"
-    yield f"{row['flops_ratio']:.2f}× less" if not plain else ""
-    yield f"{row['prefill_ms']:.0f}"
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
 
 
 def methods(rows: Sequence[Row], presets: Sequence[Row]) -> RenderableType:
@@ -222,7 +235,8 @@ _STAGES: Mapping[str, Callable[[Row], str]] = {
 }
 _LAST = ("peak MiB", "decode ms")  # a line below these
 _SCORED = (
-    "against dense: percentage points with a paired bootstrap's 95 % interval, and McNemar's exact "
-    "p; same: answers equal to dense's; tokens: vision tokens, mean over layers; prefill: per "
-    "prompt, without the vision encoder."
+    "− dense: percentage points over the same examples, with a paired bootstrap's 95 % interval; "
+    "*: significant at the 95 % level, by McNemar's exact test where answers are right or wrong; "
+    "same: answers equal to dense's. Vision tokens: mean over layers and examples; FLOPs: of the "
+    "language model's prefill; prefill: per prompt, without the vision encoder."
 )

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.pinhole.assembly import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
-from foveate.pinhole.mix import Segment, Writer
+from foveate.pinhole.mix import RANKED, Segment, Writer
 from foveate.pinhole.packed import Rows, Student
 from foveate.tasks import Example, Task
 
 Batch = dict[str, Any]
+RANK_SHARPNESS = 6.0
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,10 @@ class Check:
         return Rows(pixels * (not blank), bank.prefix, bank.image_at, **text)
 
 
-def segment_scores(rows: Rows, logp: Tensor, asked: Tensor, count: int) -> Tensor:
-    """Mean log-probability of the first ``count`` segments of every row: (B, count)."""
-    return _segment_logp(rows, logp, asked, count)[0]
+def rank_loss(rows: Rows, logp: Tensor, asked: Tensor, ranked: Tensor) -> Tensor:
+    """How much likelier the first caption of the rows ``ranked`` (B,) is than their others."""
+    scores = _segment_logp(rows, logp, asked, RANKED)[0] * RANK_SHARPNESS
+    return -(scores.log_softmax(-1)[:, 0] * ranked).sum() / ranked.sum().clamp(min=1)
 
 
 def _segment_logp(rows: Rows, logp: Tensor, asked: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@
 2. ``align``: the projector alone learns to send patches near the word embeddings of what the
    captions say, without the language model (thousands of photos a second).
 3. ``tune``: the language model's low-rank deltas and the projector learn to answer. A row holds one
-   random patch of each 2 × 2 cell of the image, at its own position, so the text stands where it
-   will stand in use and pinhole learns to live with missing tokens from the start.
+   random patch of each 2 × 2 cell of a stored image, at its own position, so the text stands where
+   it will stand in use and pinhole learns to live with missing tokens from the start. Drawn scenes
+   are new at every step and shown whole: small things are lost otherwise.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate.pinhole.assembly import IMAGE_MEAN, IMAGE_SIZE, IMAGE_TOKENS, PATCH_SIZE
-from foveate.pinhole.bank import normalise
-from foveate.pinhole.mix import EasyRows, PhotoRows, Segment, Writer
+from foveate.pinhole.assembly import IMAGE_SIZE, IMAGE_TOKENS, PATCH_SIZE
+from foveate.pinhole.bank import normalise, rank_loss, resized
+from foveate.pinhole.mix import EasyRows, PhotoRows, Row, Segment, Writer, scene_row
 from foveate.pinhole.packed import Rows, Student
 from foveate.tasks.example import Example
-from foveate.tasks.flickr8k import CAPTION_QUESTION
-from foveate.tasks.photos import Photos, sentence
+from foveate.tasks.photos import Photos
 
 Array = NDArray[Any]
 SIDE = IMAGE_SIZE // PATCH_SIZE
-TEXT = 144
+TEXT = 208
+DRAWN = 6  # rows of drawn scenes a step, beside the stored images
+EASY = 0.15  # the share of easy-VQA among those
 SHARPNESS = 12.0
+RANK_WEIGHT = 0.5
 
 
 class Features:
@@ -46,7 +49,7 @@ class Features:
     def __init__(self, file: Path, count: int, width: int = 384) -> None:
         self.file, self.count, self.width = file, count, width
         self._done = file.with_suffix(".done")
-        shape = (count, IMAGE_TOKENS, width)
+        shape = (max(count, 1), IMAGE_TOKENS, width)  # an empty file cannot be mapped
         mode: Literal["r+", "w+"] = "r+" if file.is_file() else "w+"
         if mode == "r+" and file.stat().st_size != np.prod(shape) * 2:
             raise ValueError(
@@ -149,21 +152,49 @@ def align(
 
 
 class Lessons:
-    """Batches of rows over cached features: photos, and easy-VQA images after them."""
+    """Batches of rows: photos and easy-VQA images by cached features, scenes drawn anew each time.
 
-    def __init__(self, photos: PhotoRows, easy: EasyRows, easy_count: int, writer: Writer) -> None:
+    Cached features hold the photos first, then ``easy_count`` easy-VQA images.
+    """
+
+    def __init__(
+        self,
+        photos: PhotoRows,
+        easy: EasyRows,
+        easy_count: int,
+        writer: Writer,
+        backgrounds: Sequence[Image.Image] = (),
+    ) -> None:
         self.photos, self.easy, self.easy_count, self.writer = photos, easy, easy_count, writer
+        self.backgrounds = backgrounds
         ids, self.image_at = writer.prefix
         self.prefix = torch.tensor(ids)
 
-    def batch(
+    def stored(
         self, features: Features, rng: random.Random, draw: torch.Generator, size: int, stride: int
+    ) -> tuple[Rows, Tensor]:
+        """``size`` rows about stored images, and which of them (B,) begin with ranked captions."""
+        made = [self._one(rng) for _ in range(size)]
+        easy = len(self.photos.captions)
+        index = [r.index + easy * (r.source == "easy") for r in made]
+        rows = self.rows(features.take(index), cells(size, stride, draw), self._laid(made))
+        return rows, torch.tensor([bool(r.ranked) for r in made])
+
+    def drawn(
+        self, student: Student, rng: random.Random, draw: torch.Generator, size: int, stride: int
     ) -> Rows:
-        """``size`` rows with one patch of each ``stride`` × ``stride`` cell."""
-        picked = [self._one(rng) for _ in range(size)]
-        laid = [self.writer.lay(segments, TEXT) for _, segments in picked]
-        arrays = {k: torch.from_numpy(np.stack([one[k] for one in laid])) for k in laid[0]}
-        return self.rows(features.take([i for i, _ in picked]), cells(size, stride, draw), arrays)
+        """``size`` rows about scenes of shapes that were never shown before."""
+        made = [scene_row("shapes", rng, self.backgrounds) for _ in range(size)]
+        pixels = np.stack([r.pixels for r in made if r.pixels is not None])
+        with torch.no_grad():
+            features = student.features(normalise(resized(torch.from_numpy(pixels)))).float()
+        return self.rows(features, cells(size, stride, draw), self._laid(made))
+
+    def _laid(self, made: Sequence[Row]) -> dict[str, Tensor]:
+        """The arrays of ``Writer.lay``, (B, S), with no more padding than the longest row needs."""
+        laid = [self.writer.lay(one.segments, TEXT) for one in made]
+        length = max(int((one["segment"] >= 0).sum()) for one in laid)
+        return {k: torch.from_numpy(np.stack([one[k][:length] for one in laid])) for k in laid[0]}
 
     def rows(self, features: Tensor, chosen: Tensor, arrays: dict[str, Tensor]) -> Rows:
         """Rows over ``features`` (B, tokens, D) that show the patches ``chosen`` (B, n)."""
@@ -178,16 +209,13 @@ class Lessons:
         shown = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
         return Rows(shown, prefix, self.image_at, **arrays, places=places)
 
-    def _one(self, rng: random.Random) -> tuple[int, list[Segment]]:
-        if rng.random() < 0.2:
-            place = rng.randrange(self.easy_count)
-            segments = list(self.easy.by_image[self.easy.numbers[place]])
-            rng.shuffle(segments)
-            return len(self.photos.captions) + place, segments[:7]
-        i = rng.randrange(len(self.photos.captions))
-        segments = self.photos._yes_no(i, rng)[:6]
-        caption = Segment(CAPTION_QUESTION, sentence(rng.choice(self.photos.captions[i])), 0.15)
-        return i, [*segments, caption]
+    def _one(self, rng: random.Random) -> Row:
+        if rng.random() >= EASY:
+            return self.photos.row(rng)
+        place = rng.randrange(self.easy_count)
+        segments = list(self.easy.by_image[self.easy.numbers[place]])
+        rng.shuffle(segments)
+        return Row("easy", segments, place)
 
 
 def right(
@@ -195,24 +223,19 @@ def right(
     lessons: Lessons,
     features: Features,
     laid: Sequence[dict[str, Array]],
-    blank: bool,
     first: int,
 ) -> list[bool]:
     """Whether each answer is what greedy decoding would say, all tokens shown.
 
-    Example i has the image ``first + i`` of ``features``, or the last one, which is blank.
+    Example i has the image ``first + i`` of ``features``.
     """
     hits: list[bool] = []
     every = torch.arange(IMAGE_TOKENS)[None]
     for start in range(0, len(laid), 16):
         part = laid[start : start + 16]
         arrays = {k: torch.from_numpy(np.stack([one[k] for one in part])) for k in part[0]}
-        index = (
-            [features.count - 1] * len(part)
-            if blank
-            else range(first + start, first + start + len(part))
-        )
-        rows = lessons.rows(features.take(list(index)), every.expand(len(part), -1), arrays)
+        shown = features.take(range(first + start, first + start + len(part)))
+        rows = lessons.rows(shown, every.expand(len(part), -1), arrays)
         with torch.no_grad():
             _, best, asked = student(rows)
         wrong = torch.zeros(len(part))
@@ -230,6 +253,7 @@ class CachedRun:
         photos: the training photos, the first ``counts[0]`` of which are used.
         checks: ``(name, examples)`` of validation tasks, a few hundred in all.
         counts: photos and easy-VQA images to encode.
+        drawn: rows of drawn scenes in every step of tuning.
     """
 
     def __init__(
@@ -240,18 +264,19 @@ class CachedRun:
         checks: dict[str, list[Example]],
         counts: tuple[int, int],
         *,
+        drawn: int = DRAWN,
         seed: int = 0,
     ) -> None:
-        self.student, self.out, self.seed = student, out, seed
+        self.student, self.out, self.drawn, self.seed = student, out, drawn, seed
         self.writer = Writer(out / "processor" / "tokenizer.json")
         some = Photos(photos.folder, photos.split)
         some.__dict__["rows"] = photos.rows[: counts[0]]
         self.easy = EasyRows()
-        self.lessons = Lessons(PhotoRows(some), self.easy, counts[1], self.writer)
+        grounds = [some.image(i) for i in range(0, len(some), 10)] if drawn else []
+        self.lessons = Lessons(PhotoRows(some), self.easy, counts[1], self.writer, grounds)
         self._photos, self._checks, self._counts = some, checks, counts
         self.features = Features(out / "train.features", sum(counts))
-        seen = sum(map(len, checks.values())) + 1
-        self.checked = Features(out / "check.features", seen)
+        self.checked = Features(out / "check.features", sum(map(len, checks.values())))
         self.seconds, self.step = 0.0, 0
 
     def encode(self) -> Iterator[int]:
@@ -267,9 +292,7 @@ class CachedRun:
         )
         yield from self.features.fill(images, self.student)
         shown = [e.image for examples in self._checks.values() for e in examples]
-        mean = tuple(round(255 * m) for m in IMAGE_MEAN)
-        blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), mean)  # zeros once normalised
-        yield from self.checked.fill([*shown, blank], self.student)
+        yield from self.checked.fill(shown, self.student)
 
     def align(self, steps: int) -> Iterator[tuple[int, float]]:
         """Step 2, unless its result is there."""
@@ -289,7 +312,7 @@ class CachedRun:
             s.answer for s in self.easy.by_image[number] if s.answer not in ("yes", "no")
         )
 
-    def tune(self, minutes: float, check_every: float, batch: int = 12) -> Iterator[str]:
+    def tune(self, minutes: float, check_every: float, batch: int = 8) -> Iterator[str]:
         """Step 3, by the clock: a checkpoint every five minutes, checks as often as told (s)."""
         parts = list(self.student.projector.parameters())
         deltas = list(self.student.language.parameters())
@@ -306,7 +329,7 @@ class CachedRun:
             done = self.seconds / (minutes * 60)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * min(1.0, done / 0.03) * (1 - done) ** 0.7
-            loss = self._update(optimizer, [*parts, *deltas], batch, 2 if done > 0.3 else 4)
+            loss = self._update(optimizer, [*parts, *deltas], batch, _stride(done))
             self.step += 1
             self.seconds = time.monotonic() - begun
             paused = time.monotonic()
@@ -317,7 +340,7 @@ class CachedRun:
                 saved = self.seconds
                 self._save(optimizer)
             begun += time.monotonic() - paused  # the clock counts training only
-            yield f"step {self.step} loss {loss:.3f} {self.step * batch / self.seconds:.2f} rows/s"
+            yield f"step {self.step} loss {loss:.3f} {self.seconds / self.step:.1f} s/step"
         self._check()
         self._save(optimizer)
 
@@ -326,23 +349,33 @@ class CachedRun:
     ) -> float:
         rng = random.Random(f"{self.seed} {self.step}")
         draw = torch.Generator().manual_seed(rng.randrange(2**31))
-        rows = self.lessons.batch(self.features, rng, draw, batch, stride)
+        optimizer.zero_grad()
+        total = self._learn(*self.lessons.stored(self.features, rng, draw, batch, stride))
+        if self.drawn:
+            total += self._learn(self.lessons.drawn(self.student, rng, draw, self.drawn, stride))
+        torch.nn.utils.clip_grad_norm_(parts, 1.0)
+        optimizer.step()
+        return total
+
+    def _learn(self, rows: Rows, ranked: Tensor | None = None) -> float:
+        """Add the gradients of these rows; their loss.
+
+        Of ranked rows the first caption has to be likelier than the others, those of other photos.
+        """
         logp, _, asked = self.student(rows)
         weight = rows.weight.flatten()[asked]
         loss = -(logp * weight).sum() / weight.sum()
-        optimizer.zero_grad()
+        if ranked is not None:
+            loss = loss + RANK_WEIGHT * rank_loss(rows, logp, asked, ranked)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parts, 1.0)
-        optimizer.step()
         return float(loss.detach())
 
     def _check(self) -> None:
         scores, first = {}, 0
         for name, examples in self._checks.items():
             laid = [self.writer.lay([Segment(e.question, e.answer)], 48) for e in examples]
-            for blank in (False, True):
-                hits = right(self.student, self.lessons, self.checked, laid, blank, first)
-                scores[name + (" (blank)" if blank else "")] = round(sum(hits) / len(hits), 4)
+            hits = right(self.student, self.lessons, self.checked, laid, first)
+            scores[name] = round(sum(hits) / len(hits), 4)
             first += len(examples)
         entry = {"seconds": round(self.seconds), "step": self.step, "scores": scores}
         print(json.dumps(entry), flush=True)
@@ -367,6 +400,11 @@ class CachedRun:
         self.student.load_state_dict(state["student"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         self.seconds, self.step = state["seconds"], state["step"]
+
+
+def _stride(done: float) -> int:
+    """Few patches while much is new, all of them at the end."""
+    return 4 if done < 0.3 else 2 if done < 0.85 else 1
 
 
 class Lazy(Sequence[Image.Image]):

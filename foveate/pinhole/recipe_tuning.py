@@ -25,7 +25,8 @@ from torch import Tensor
 
 import foveate
 from foveate.bench import DENSE
-from foveate.evaluate import Case, Journal, evaluate
+from foveate.evaluate import Case, evaluate
+from foveate.journal import Journal
 from foveate.loading import missing
 from foveate.pinhole.mix import END, TURN, EasyRows, PhotoRows, Segment, Writer
 from foveate.recipe import Recipe

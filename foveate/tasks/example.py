@@ -15,7 +15,7 @@ class Example:
 
     ``choices`` empty: the answer is generated and compared. Otherwise the model's likelihood picks
     among ``choices``, of which ``answer`` is one. ``meta`` says which kind of example it is, and
-    ``also`` holds further answers that are right.
+    ``also`` holds further answers that are right. A generated answer is cut after ``new_tokens``.
     """
 
     image: Image.Image
@@ -24,6 +24,7 @@ class Example:
     choices: tuple[str, ...] = ()
     meta: dict[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    new_tokens: int = 12
 
 
 class Task(Protocol):
@@ -45,6 +46,6 @@ def matches(expected: str, answer: str) -> float:
 
 
 def normal(answer: str) -> str:
-    """Lower case, first line, no punctuation, single spaces."""
+    """Lower case, first line, no punctuation (unless there is nothing else), single spaces."""
     line = answer.strip().lower().split("\n", 1)[0]
-    return " ".join(re.findall(r"[a-z0-9]+", line))
+    return " ".join(re.findall(r"\w+", line)) or line.strip()

@@ -20,6 +20,7 @@ NEGATIVES = ("random", "popular", "adversarial")
 POPULAR = 20
 PER_THING = 40
 CAPTION_QUESTION = "Describe the image."
+CAPTION_TOKENS = 32
 
 
 def question(thing: Thing) -> str:
@@ -159,7 +160,8 @@ class Caption:
     def example(self, index: int) -> Example:
         photo = self.order[index]
         first, *rest = map(sentence, self.photos.captions(photo))
-        return Example(self.photos.image(photo), CAPTION_QUESTION, first, also=tuple(rest))
+        image = self.photos.image(photo)
+        return Example(image, CAPTION_QUESTION, first, also=tuple(rest), new_tokens=CAPTION_TOKENS)
 
     def score(self, example: Example, answer: str) -> float:
         try:

@@ -34,8 +34,15 @@ class Own:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        lines = enumerate(self.file.read_text(encoding="utf-8").split("\n"), 1)
-        rows = [_row(line, f"{self.file}, line {n}") for n, line in lines if line.strip()]
+        try:
+            lines = self.file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.file} is not UTF-8 text ({error}); save it as that.") from None
+        rows = [
+            _row(line, f"{self.file}, line {n}", self.file.parent)
+            for n, line in enumerate(lines, 1)
+            if line.strip()
+        ]
         random.Random(self.seed).shuffle(rows)
         return rows[: self.limit]
 
@@ -44,32 +51,32 @@ class Own:
 
     def example(self, index: int) -> Example:
         row = self.rows[index]
+        first, *more = row["answers"]
         image = picture(self.file.parent / row["image"])
-        answers = row["answer"]
-        return Example(
-            image, row["question"], answers[0], tuple(row["choices"]), also=tuple(answers[1:])
-        )
+        return Example(image, row["question"], first, tuple(row["choices"]), also=tuple(more))
 
     def score(self, example: Example, answer: str) -> float:
-        return max(matches(said, answer) for said in (example.answer, *example.also))
+        right = (example.answer, *example.also)
+        if example.choices:
+            return float(answer in right)
+        return max(matches(said, answer) for said in right)
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _row(line: str, where: str, folder: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
         answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"])
         choices = list(row.get("choices", ()))
         texts = (row["image"], row["question"], *answers, *choices)
-        if not answers or not all(isinstance(t, str) and t for t in texts):
+        if not answers or not all(isinstance(t, str) and t.strip() for t in texts):
             raise TypeError
-        if choices and answers[0] not in choices:
+        if choices and not set(answers) <= set(choices):
             raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f'{where} is not of the form {{"image": "a.jpg", "question": "…", "answer": "…"}} '
-            f'(optional "choices": [...], of which the answer is one): {line[:80]}'
+            f'(optional "choices": [...], of which every answer is one): {line[:80]}'
         ) from None
-    return {"image": row["image"], "question": row["question"]} | {
-        "answer": answers,
-        "choices": choices,
-    }
+    if not (folder / row["image"]).is_file():
+        raise ValueError(f"{where} names the image {row['image']}, which is not in {folder}.")
+    return {"answers": answers, "choices": choices} | {k: row[k] for k in ("image", "question")}

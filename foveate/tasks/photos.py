@@ -89,6 +89,8 @@ def _row(line: str, where: str) -> tuple[str, tuple[str, ...]]:
         image, captions = item["image"], item["captions"]
         if isinstance(captions, str) or not all(isinstance(t, str) for t in (image, *captions)):
             raise TypeError
+        if not captions:
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f'{where} is not of the form {{"image": "a.jpg", "captions": ["…", "…"]}}: {line[:80]}'
