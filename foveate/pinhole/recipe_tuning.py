@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,13 +135,16 @@ class Tuning:
         self._resume()
 
     def run(self, minutes: float, max_steps: int | None = None) -> Iterator[str]:
-        """Train by the clock, or for ``max_steps``; yields a line after each step."""
+        """Train for ``minutes``, or ``max_steps`` if that is sooner; yields a line each step.
+
+        The rate falls with whichever is nearer its end.
+        """
         self.tuned.train()
         saved = self.seconds
         with foveate.reduced(self.tuned, self._recipe):
             while self.seconds < minutes * 60 and self.step != max_steps:
                 begun = time.monotonic()
-                done = self.seconds / (minutes * 60)
+                done = max(self.seconds / (minutes * 60), self.step / (max_steps or math.inf))
                 for group in self._optimizer.param_groups:
                     group["lr"] = self._lr * min(1.0, (self.step + 1) / 5) * (1 - done) ** 0.7
                 loss = self._update()
