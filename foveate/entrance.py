@@ -78,13 +78,25 @@ class Entrance:
         for modality in adapter.placeholders(model):
             self._wrap(base, modality)
         if self._method.site == "features" and adapter.aligned:
-            hook = adapter.projector(model).register_forward_pre_hook(self._before_projector)
-            self._undo.append(hook.remove)
+            self._before = adapter.projector(model).register_forward_pre_hook(
+                self._before_projector
+            )
+            self._undo.append(self._forget_projector)
 
     def remove(self) -> None:
         """Give the model its own feature calls back."""
         while self._undo:
             self._undo.pop()()
+
+    def __deepcopy__(self, memo: Any) -> Entrance:
+        """Itself: peft copies a projector that is trained, hook and all."""
+        return self
+
+    def _forget_projector(self) -> None:
+        """Take the hook off the projector and off copies of it that took its place."""
+        self._before.remove()
+        for module in self._adapter.projector(self._model).modules():
+            module._forward_pre_hooks.pop(self._before.id, None)
 
     def show(self, seen: Seen) -> None:
         """The watch's callback for the encoder's last attention."""
@@ -143,6 +155,11 @@ class Entrance:
         if state.made:  # done before the projector, where an item is a group
             pairs = zip(state.made, items, strict=True)
             return [[replace(made, x=item[: len(made.slots)])] for made, item in pairs]
+        if self._method.site == "features" and self._adapter.aligned:
+            raise ValueError(
+                "The projector that the recipe was attached to is no longer the model's; call "
+                "foveate.detach(model) and foveate.attach(model, recipe) after changing modules."
+            )
         sizes = self._adapter.groups(state.modality, state.call, [len(item) for item in items])
         split = [x for item, part in zip(items, sizes, strict=True) for x in item.split(part)]
         made = iter(self._groups(state, split))

@@ -21,6 +21,8 @@ from foveate.recipe import Recipe
 from foveate.reducer import Reducer, Reduction, Tokens
 from foveate.report import Report
 
+_IGNORED = -100  # the label that losses leave out
+
 
 @dataclass
 class Request:
@@ -84,6 +86,48 @@ class Flags:
         """Text rows after each sample's last vision token."""
         after = self.vision.flip(-1).long().cumsum(-1).flip(-1) == 0
         return [int(n) for n in (after & self.valid).sum(-1)]
+
+
+@dataclass(frozen=True)
+class Left:
+    """The rows of a prompt of ``length`` rows that reached the head of the model.
+
+    Attributes:
+        place: ``(B, rows)``, each row's position in the prompt as it came.
+        valid: ``(B, rows)`` bool, or None when nobody is padded.
+        length: rows of the prompt as it came, padding included.
+    """
+
+    place: Tensor
+    valid: Tensor | None
+    length: int
+
+    def labels(self, given: Tensor, rows: int) -> Tensor:
+        """Labels of the last ``rows`` rows left, (B, rows): each row keeps its own.
+
+        The loss shifts them afterwards, so a row predicts the next one *left*: the last vision row
+        alive predicts the first text row after the image, as the last of all did. Padding, and the
+        first row of a sample that follows padding, get -100.
+
+        Args:
+            given: ``(B, n)``, the labels of the last n rows of the prompt.
+            rows: rows of the logits: fewer than are left under ``logits_to_keep``.
+
+        Raises:
+            ValueError: for more labels than the prompt has rows.
+        """
+        missing = self.length - given.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"labels have {given.shape[1]} columns and input_ids {self.length}; give one label "
+                "for each id."
+            )
+        full = torch.nn.functional.pad(given.to(self.place.device), (missing, 0), value=_IGNORED)
+        cut = full.gather(1, self.place)
+        if self.valid is not None:
+            predicted = self.valid & self.valid.roll(1, dims=-1)
+            cut = cut.masked_fill(~predicted, _IGNORED)
+        return cut[:, cut.shape[1] - rows :]
 
 
 @dataclass

@@ -151,7 +151,8 @@ class Scorer(Reducer):
         """Keep the ``budget[b]`` tokens with the highest scores, in raster order."""
         if budget is None:
             raise ValueError(f"{self.name} needs a budget; it cannot choose its own count.")
-        return top(self.score(tokens), tokens.valid, budget)
+        with torch.no_grad():  # ranks have no gradient, so training need not remember the scores
+            return top(self.score(tokens), tokens.valid, budget)
 
 
 def top(score: Tensor, valid: Tensor, budget: Sequence[int]) -> Reduction:

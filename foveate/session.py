@@ -14,12 +14,15 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from foveate.adapter import Adapter, Seen, family, text_shape
 from foveate.entrance import Entrance
 from foveate.prompt import (
     Flags,
+    Left,
     Pass,
     Request,
     causal_mask,
@@ -59,13 +62,16 @@ def reduced(model: nn.Module, recipe: Recipe) -> Iterator[Report]:
 
 
 def attach(model: nn.Module, recipe: Recipe) -> Report:
-    """The persistent form of :func:`reduced`: stays until :func:`detach`."""
+    """The persistent form of :func:`reduced`: stays until :func:`detach`.
+
+    A model wrapped by peft may be given as it is; the recipe goes into the model inside.
+    """
     if session_of(model) is not None:
         raise ValueError(
             "This model already has a recipe attached; call foveate.detach(model) first."
         )
-    session = Session(model, recipe)
-    cast(Any, model).foveate_session = session
+    session = Session(_inner(model), recipe)
+    cast(Any, session.model).foveate_session = session
     return session.report
 
 
@@ -81,12 +87,18 @@ def detach(model: nn.Module) -> None:
             "This model has no recipe attached; foveate.attach(model, recipe) does that."
         )
     session.close()
-    del cast(Any, model).foveate_session
+    del cast(Any, session.model).foveate_session
 
 
 def session_of(model: nn.Module) -> Session | None:
     """The session attached to a model."""
-    return cast("Session | None", vars(model).get("foveate_session"))
+    return cast("Session | None", vars(_inner(model)).get("foveate_session"))
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The Hugging Face model that peft wrapped; peft puts its layers into that very object."""
+    base = getattr(model, "get_base_model", None)
+    return model if base is None else cast(nn.Module, base())
 
 
 @dataclass
@@ -112,6 +124,7 @@ class Session:
         self.recipe._check_reducers()
         self.report = Report(self.shape)
         self._frame: ContextVar[_Frame | None] = ContextVar("foveate_frame", default=None)
+        self._left: ContextVar[Left | None] = ContextVar("foveate_left", default=None)
         self._undo: list[Callable[[], None]] = []
         self._entrance: Entrance | None = None
         self._reducing = bool(self.recipe.schedule.cuts())
@@ -144,7 +157,7 @@ class Session:
                 for cut in schedule.cuts()
             ]
         self._undo.append(Watch(watched).remove)
-        self._hook(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
+        self._hook(self.model.register_forward_pre_hook(self._refuse_rows, with_kwargs=True))
         self._hook(base.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._hook(base.register_forward_hook(self._leave, always_call=True))
         self._hook(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
@@ -154,17 +167,23 @@ class Session:
                 before = partial(self._before_layer, index)
                 self._hook(layer.register_forward_pre_hook(before, with_kwargs=True))
         self._refuse_chunks()
+        self._cut_labels()
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
 
     # What is refused
 
-    def _refuse_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("labels") is not None and self._reducing:
+    def _refuse_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._reducing and isinstance(kwargs.get("logits_to_keep"), Tensor):
             raise ValueError(
-                "labels were given, but logits of a reduced prompt are shorter than the labels. "
-                "Compute the loss yourself from the last logits, or detach the recipe to train."
+                "logits_to_keep names rows of the prompt as it came, and a reduced prompt has "
+                "others. Give a number: the last rows are the same."
+            )
+        if self._reducing and kwargs.get("shift_labels") is not None:
+            raise ValueError(
+                "shift_labels were given, but labels can be shifted only after dropped rows are "
+                "cut out of them. Pass labels alone."
             )
 
     def _refuse_chunks(self) -> None:
@@ -181,6 +200,16 @@ class Session:
 
         model._prefill = checked
         self._undo.append(lambda: delattr(model, "_prefill"))
+
+    def _refuse_old_checkpointing(self) -> None:
+        layer = cast(nn.ModuleList, self.text.layers)[0]
+        inside = "__call__" in vars(GradientCheckpointingLayer)  # hooks would run again in backward
+        if inside and self.text.training and cast(Any, layer).gradient_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing with cuts inside the LLM needs transformers 5.23 and this "
+                f"is {transformers.__version__}. Update it, call "
+                "model.gradient_checkpointing_disable(), or reduce at the entrance only."
+            )
 
     def _refuse_windows(self, rows: int) -> None:
         config = cast(Any, self.text.config)
@@ -235,7 +264,26 @@ class Session:
             frame.flags = Flags(host[0], vision)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        frame, left = self._frame.get(), None
+        if frame is not None and frame.rows is not None and frame.flags is not None:
+            left = Left(frame.rows.place, frame.rows.valid, frame.flags.valid.shape[1])
+        self._left.set(left)
         self._frame.set(None)
+
+    # Training
+
+    def _cut_labels(self) -> None:
+        """The model's own loss, on labels of the rows that are left."""
+        model = cast(Any, self.model)
+        own, original = vars(model).get("_loss_function"), model.loss_function
+
+        def loss(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if (left := self._left.get()) is not None:
+                labels = left.labels(labels, logits.shape[1])
+            return original(logits, labels, *args, **kwargs)
+
+        model.loss_function = loss
+        self._undo.append(lambda: _restore(model, "_loss_function", own))
 
     # The text model
 
@@ -271,6 +319,8 @@ class Session:
             return kwargs
         frame.rows = rows
         self._refuse_windows(rows.rows)
+        if self.recipe.schedule.cuts():
+            self._refuse_old_checkpointing()
         stay, alive = rows.text | rows.vision, rows.alive
         if self._entrance is not None:
             stay = stay & ~kwargs["inputs_embeds"][..., 0].isnan()
@@ -351,3 +401,11 @@ class Session:
         self.report.finish()
         if frame.rows is not None and (cache := output.past_key_values) is not None:
             frame.rows.request().live_on(cache)
+
+
+def _restore(owner: Any, name: str, value: Any) -> None:
+    """Put an instance attribute back, or away where there was none."""
+    if value is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)

@@ -6,6 +6,7 @@ by a 4-D mask, layer by layer; and with the survivors' vectors where a method bl
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,15 +65,47 @@ def reduced_run(
 @torch.no_grad()
 def masked_logits(model: Any, inputs: dict[str, Any], run: Run) -> Tensor:
     """Logits (B, steps, V) of the masked dense model, the run's tokens given."""
-    adapter = family(model)
-    text, dense = adapter.text(model), {}
-    with spying(text, dense):
+    dense: dict[str, Any] = {}
+    with spying(family(model).text(model), dense):
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    embeds, new = dense["inputs_embeds"].clone(), run.tokens[:, :-1]
+    hidden = _masked(model, dense["inputs_embeds"], dense["position_ids"], run)
+    return model.lm_head(hidden[:, dense["inputs_embeds"].shape[1] - 1 :])
+
+
+def masked_loss(model: Any, inputs: dict[str, Any], labels: Tensor, run: Run) -> Tensor:
+    """The summed loss of the masked dense model: each row alive predicts the next one alive."""
+    dense: dict[str, Any] = {}
+    with torch.no_grad(), spying(family(model).text(model), dense):
+        model(**inputs)
+    embeds, positions = dense["inputs_embeds"], dense["position_ids"]
+    if positions is None:
+        positions = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
+    logits = model.lm_head(_masked(model, embeds, positions, run))
+    total = logits.new_zeros(())
+    for b, alive in enumerate(run.slots[-1]):
+        for row, following in itertools.pairwise(alive.tolist()):
+            if labels[b, following] != -100:
+                total = total - logits[b, row].log_softmax(-1)[labels[b, following]]
+    return total
+
+
+def forward_run(model: Any, recipe: foveate.Recipe, inputs: dict[str, Any]) -> Run:
+    """One plain forward of a prompt, nothing generated."""
+    first: dict[str, Any] = {}
+    layer = family(model).text(model).layers[0]
+    with torch.no_grad(), foveate.reduced(model, recipe) as report, spying(layer, first):
+        out = model(**inputs)
+    return Run(out.logits, inputs["input_ids"][:, :0], report.slots, first["args"][0], None)
+
+
+def _masked(model: Any, embeds: Tensor, positions: Tensor, run: Run) -> Tensor:
+    """Hidden rows (B, L + steps - 1, D) of the dense model that sees only what the run left."""
+    adapter = family(model)
+    text, embeds, new = adapter.text(model), embeds.clone(), run.tokens[:, :-1]
     batch, length = embeds.shape[:2]
     for b, slots in enumerate(run.slots[0]):
         embeds[b, slots] = run.entered[b, run.entered.shape[1] - len(slots) :]
-    positions = _positions(dense["position_ids"], run, adapter.positions, new.shape[1])
+    positions = _positions(positions, run, adapter.positions, new.shape[1])
     hidden = torch.cat([embeds, model.get_input_embeddings()(new)], 1)
     masks = [_mask(slots, batch, length, new.shape[1], hidden.dtype) for slots in run.slots]
 
@@ -90,7 +123,7 @@ def masked_logits(model: Any, inputs: dict[str, Any], run: Run) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    return model.lm_head(out.last_hidden_state[:, length - 1 :])
+    return out.last_hidden_state
 
 
 def _positions(positions: Tensor, run: Run, policy: str, new: int) -> Tensor:

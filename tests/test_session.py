@@ -283,12 +283,6 @@ def test_chunked_prefill(models) -> None:
         model.generate(**batch("llava", [1]), max_new_tokens=1, prefill_chunk_size=8)
 
 
-def test_labels(models) -> None:
-    model, inputs = models("llava"), batch("llava", [1])
-    with foveate.reduced(model, BOTH), pytest.raises(ValueError, match="labels were given"):
-        model(**inputs, labels=inputs["input_ids"])
-
-
 def test_embeddings_without_ids(models) -> None:
     model, inputs = models("llava"), batch("llava", [1])
     embeds = model.get_input_embeddings()(inputs["input_ids"])

@@ -26,6 +26,7 @@ from foveate.pinhole import assembly, weights
 from foveate.pinhole.bank import Bank, Check, rank_loss, stored
 from foveate.pinhole.mix import EasyRows, Mix, PhotoRows, Writer
 from foveate.pinhole.packed import Sizes, Student
+from foveate.recipe import parse
 from foveate.tasks import task
 from foveate.tasks.photos import Photos, photos
 
@@ -364,11 +365,66 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
     write_weights(student.export(), out / "weights.safetensors", about)
 
 
+def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, device: str) -> None:
+    """Tuning with a recipe attached; goes on where an earlier one in ``out`` stopped."""
+    from foveate import pinhole
+    from foveate.evaluate import digest, ready
+    from foveate.journal import Journal
+    from foveate.pinhole import recipe_tuning as leaf
+
+    leaf.require_peft()
+    recipes = {text: parse(text)}
+    out.mkdir(parents=True, exist_ok=True)
+    names = ("flickr8k-yesno", "easyvqa") if settings.check else ()
+    tasks = [task(name, data=data, limit=settings.check) for name in names]
+    ready(tasks)
+    split = _first(photos(data, "train"), settings.limit)
+    model, processor = pinhole.load(torch.float32, device)
+    asked = {"recipe": recipes[text].to_dict(), "n": settings.check}
+    with _bar() as bar:
+
+        def answered(when: str) -> leaf.Scores:
+            job = bar.add_task(f"answering {when}", total=2 * sum(map(len, tasks)))
+            journal = Journal(out / f"{when}.answers", asked | {"model": digest(model)})
+            return leaf.answered(
+                model, processor, tasks, recipes, journal, lambda _, n: bar.advance(job, n)
+            )
+
+        before = answered("before")
+        tuning = leaf.Tuning(
+            model,
+            lambda images: processor.image_processor(images, return_tensors="pt")["pixel_values"],
+            Writer(assembly.path() / "tokenizer.json"),
+            leaf.Lessons(split, EasyRows()),
+            recipes[text],
+            out,
+            lr=settings.lr,
+            rows=settings.batch,
+            seed=settings.seed,
+        )
+        job = bar.add_task("tuning", total=settings.minutes * 60)
+        for line in tuning.run(settings.minutes, settings.max_steps):
+            bar.update(job, completed=tuning.seconds, description=line)
+        tuning.tuned.save_pretrained(out / "adapter")
+        recipes[text].save(out / "adapter" / "recipe.json")
+        rows = leaf.comparison(before, answered(f"after-{tuning.step}"))
+    said = {k: getattr(settings, k) for k in ("minutes", "batch", "lr", "limit", "seed")}
+    about = {"steps": tuning.step, "seconds": round(tuning.seconds), "rank": leaf.RANK, **said}
+    (out / "tuning.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    print(leaf.table(rows))
+
+
+def _first(split: Photos, limit: int | None) -> Photos:
+    """The first ``limit`` photos, or all."""
+    some = Photos(split.folder, split.split)
+    some.__dict__["rows"] = split.rows[:limit]
+    return some
+
+
 def _mix(settings: Settings, split: Photos, pictures: Tensor, json_file: Path) -> Mix:
     from PIL import Image
 
-    kept = Photos(split.folder, split.split)
-    kept.__dict__["rows"] = split.rows[: pictures.shape[0]]
+    kept = _first(split, pictures.shape[0])
     ground = [
         Image.fromarray(p.permute(1, 2, 0).numpy())
         for p in pictures[:: max(1, len(pictures) // 400)]
@@ -419,8 +475,13 @@ def main(
         "runs/pinhole"
     ),
     data: Annotated[Path | None, typer.Option(help="folder with train.tar and train.jsonl")] = None,
+    recipe: Annotated[
+        str, typer.Option(help="tune the released pinhole with this attached, as in foveate ask")
+    ] = "",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "",
-    batch: int = 64,
+    batch: Annotated[
+        int | None, typer.Option(help="rows a step: 64 on a GPU, 12 questions with a recipe")
+    ] = None,
     workers: int = 12,
     compile: Annotated[bool, typer.Option(help="torch.compile the blocks")] = False,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint")] = False,
@@ -429,7 +490,7 @@ def main(
     check_every: float = 120.0,
     max_steps: int | None = None,
     rank_weight: float = 0.2,
-    lr: float = 8e-4,
+    lr: Annotated[float | None, typer.Option(help="peak: 8e-4, with a recipe 3e-4")] = None,
     vision_lr: float = 3e-4,
     rank: Annotated[int, typer.Option(help="rank of the language model's deltas")] = 48,
     seed: int = 0,
@@ -438,7 +499,7 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(
         minutes=minutes,
-        batch=batch,
+        batch=batch or (12 if recipe else 64),
         seed=seed,
         limit=limit,
         workers=workers,
@@ -447,10 +508,13 @@ def main(
         check_every=check_every,
         max_steps=max_steps,
         rank_weight=rank_weight,
-        lr=lr,
+        lr=lr or (3e-4 if recipe else 8e-4),
         vision_lr=vision_lr,
         rank=rank,
     )
+    if recipe:
+        train_recipe(settings, out, data, recipe, device)
+        return
     if device == "cpu":
         train_cached(settings, out, data)
         return
