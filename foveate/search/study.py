@@ -72,13 +72,13 @@ def run(
 
     ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     enough = optuna.study.MaxTrialsCallback(trials, states=ended)
+
+    def tell(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        values = ", ".join(f"{v:.4g}" for v in trial.values or ())
+        say(f"trial {trial.number}: {values or 'cannot be met'}")
+
     if len(study.get_trials(deepcopy=False, states=ended)) < trials:
-        study.optimize(objective, callbacks=[enough, lambda s, t: say(_line(t))])
-
-
-def _line(trial: optuna.trial.FrozenTrial) -> str:
-    said = ", ".join(f"{v:.4g}" for v in trial.values or ()) or "cannot be met"
-    return f"trial {trial.number}: {said}"
+        study.optimize(objective, callbacks=[enough, tell])
 
 
 def _sampler(seed: int, values: int) -> Any:
