@@ -182,7 +182,14 @@ def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def measured(**more: Any) -> dict[str, Any]:
-    row = {"task": "easyvqa", "blank": False, "n": 8, "score": 0.625, "ci_low": 0.31}
+    row = {
+        "task": "easyvqa",
+        "recipe": "dense",
+        "blank": False,
+        "n": 8,
+        "score": 0.625,
+        "ci_low": 0.31,
+    }
     row |= {"ci_high": 0.86, "seconds": 3.0}
     hidden = row | {"blank": True, "score": 0.25}
     return {"device": "cpu (one)", "dtype": "float32", "rows": [row, hidden]} | more
@@ -198,17 +205,21 @@ def test_a_release_carries_its_scores(tmp_path: Path, trained: Path) -> None:
     card, scores, target = (tmp_path / n for n in ("card.md", "scores.json", "weights.safetensors"))
     card.write_text("# pinhole\n<!-- scores -->\nnot yet measured\n<!-- /scores -->\nend\n")
     scores.write_text(json.dumps(measured()))
+    more = tmp_path / "more.json"
+    other = {**measured()["rows"][0], "task": "scenes-where", "score": 0.3}
+    more.write_text(json.dumps(measured(rows=[other, other | {"recipe": "aim"}])))
     for _ in range(2):  # again over its own result
-        release.release(trained, scores, target, card)
+        release.release(trained, [scores, more], target, card)
     with safe_open(target, framework="pt") as opened:
         about = opened.metadata()
         assert torch.equal(opened.get_tensor("x"), torch.ones(2))
     assert about["licences"] == "free"
-    assert [r["score"] for r in json.loads(about["scores"])] == [0.625, 0.25]
+    assert [r["score"] for r in json.loads(about["scores"])] == [0.625, 0.25, 0.3]
     lines = card.read_text().splitlines()
     assert lines[:2] == ["# pinhole", "<!-- scores -->"]
     assert lines[-2:] == ["<!-- /scores -->", "end"]
     assert "| easyvqa | 8 | 62.5% | 31.0% – 86.0% | 25.0% |" in lines
+    assert "| scenes-where | 8 | 30.0% | 31.0% – 86.0% | – |" in lines
     assert "not yet measured" not in lines and lines.count("<!-- scores -->") == 1
 
 
@@ -239,7 +250,7 @@ def test_a_release_says_what_is_wrong(
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     monkeypatch.setattr(weights, "file", lambda: tmp_path / "target.safetensors")
     with pytest.raises(typer.Exit) as stopped:
-        release.main(trained, tmp_path / "scores.json", tmp_path / "card.md")
+        release.main(trained, [tmp_path / "scores.json"], tmp_path / "card.md")
     assert stopped.value.exit_code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "target.safetensors").exists()
@@ -250,4 +261,4 @@ def test_weights_too_large_to_ship_are_refused(
 ) -> None:
     monkeypatch.setattr(release, "LARGEST", 10)
     with pytest.raises(ValueError, match="--rank"):
-        release.release(trained, None, tmp_path / "target", tmp_path / "card.md")
+        release.release(trained, [], tmp_path / "target", tmp_path / "card.md")

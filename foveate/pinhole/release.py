@@ -2,7 +2,7 @@
 
     python -m foveate.pinhole.release runs/pinhole/weights.safetensors
     foveate eval --task easyvqa,… --blank --json scores.json
-    python -m foveate.pinhole.release runs/pinhole/weights.safetensors scores.json
+    python -m foveate.pinhole.release runs/pinhole/weights.safetensors scores.json [more.json …]
 
 The first line puts the weights beside this file, so that ``pinhole.load`` and the second line use
 them; the third adds what was measured.
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from foveate.bench import DENSE
 from foveate.markers import Block
 from foveate.pinhole import weights
 from foveate.pinhole.train import write_weights
@@ -26,8 +27,8 @@ LARGEST = 40 * 2**20
 KEPT = ("task", "blank", "n", "score", "ci_low", "ci_high")
 
 
-def release(trained: Path, scores: Path | None, target: Path, card: Path) -> None:
-    """``trained`` to ``target``, with ``scores`` in its metadata and as a table in ``card``."""
+def release(trained: Path, scores: Sequence[Path], target: Path, card: Path) -> None:
+    """``trained`` to ``target``, with all ``scores`` in its metadata and as a table in ``card``."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -39,10 +40,11 @@ def release(trained: Path, scores: Path | None, target: Path, card: Path) -> Non
         )
     with safe_open(trained, framework="pt") as opened:
         about = dict(opened.metadata() or {})
-    if scores is not None:
-        measured = json.loads(scores.read_text())
-        text = written(card, measured)
-        about["scores"] = json.dumps([_short(row) for row in measured["rows"]])
+    if scores:
+        measured = [json.loads(file.read_text()) for file in scores]
+        rows = [row for one in measured for row in one["rows"] if row["recipe"] == DENSE]
+        text = written(card, {**measured[0], "rows": rows})
+        about["scores"] = json.dumps([_short(row) for row in rows])
         card.write_text(text)
     write_weights(load_file(trained), target, about)
     target.chmod(0o644)
@@ -60,7 +62,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| task | n | score | 95 % interval | images blanked |", "|---|--:|--:|---|--:|"]
     blanked = {row["task"]: row["score"] for row in rows if row["blank"]}
     for row in rows:
-        if row.get("recipe", "dense") == "dense" and not row["blank"]:
+        if not row["blank"]:
             beside = blanked.get(row["task"])
             lines.append(
                 f"| {row['task']} | {row['n']} | {row['score']:.1%} "
@@ -76,16 +78,20 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
 
 def main(
     trained: Annotated[Path, typer.Argument(help="weights.safetensors of a training run")],
-    scores: Annotated[Path | None, typer.Argument(help="JSON of foveate eval")] = None,
+    scores: Annotated[list[Path] | None, typer.Argument(help="JSON of foveate eval")] = None,
     card: Annotated[Path, typer.Option(help="the model card")] = Path("docs/pinhole.md"),
 ) -> None:
     """Put trained weights into the package, with their scores when they are given."""
     from safetensors import SafetensorError
 
     try:
-        release(trained, scores, weights.file(), card)
+        release(trained, scores or [], weights.file(), card)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        said = f"{scores} lacks {error}" if isinstance(error, KeyError) else error
+        said = (
+            f"{' '.join(map(str, scores or []))} lacks {error}"
+            if isinstance(error, KeyError)
+            else error
+        )
         typer.echo(f"foveate: {said}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"{weights.file()} is up to date.")
