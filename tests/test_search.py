@@ -23,7 +23,7 @@ from foveate.adapter import vision_rows
 from foveate.answer import answer
 from foveate.cost import TextShape
 from foveate.evaluate import evaluate
-from foveate.recipe import Recipe
+from foveate.recipe import Recipe, recipe
 from foveate.schedule import Schedule
 from foveate.search import budget
 from foveate.search.analyse import analyse
@@ -465,3 +465,32 @@ def test_the_front_is_what_no_other_beats() -> None:
     trials = [SimpleNamespace(values=p) for p in points]
     kept = [t.values for t in front(trials)]  # type: ignore[arg-type]
     assert kept == [(0.5, 0.1), (0.8, 0.2), (0.9, 0.5)]
+
+
+class Counted(Nested):
+    """The paper's curve for LLaVA-1.5-7B at 30 layers of pinhole's size, and the FLOPs spent."""
+
+    def __init__(self, shape: TextShape, text: int, vision: int) -> None:
+        super().__init__(list(recipe("gsearch-llava-1.5-7b").schedule.resolve(30).alive))
+        self.rows = lambda kept: text + int(kept * vision)
+        self.cost = shape.layer_flops
+        self.whole = 30 * self.cost(self.rows(1.0))
+        self.spent = self.whole
+
+    def decide(self, alive: list[float], layer: int) -> None:
+        self.spent += sum(self.cost(self.rows(a)) for a in alive[self.layer : layer])
+        super().decide(alive, layer)
+
+    def values(self, alive: list[float]) -> list[float]:
+        self.spent += sum(self.cost(self.rows(a)) for a in alive[self.layer :])
+        return super().values(alive)
+
+
+def test_a_whole_gsearch_costs_forty_forwards_at_most() -> None:
+    """Of the calibration set; the procedure without reuse takes 110."""
+    shape = TextShape(30, 576, 9, 3, 64, 1536, 49152)
+    probe = Counted(shape, text=30, vision=256)
+    (*_, curve) = GSearch(probe, 0.01).run()  # type: ignore[arg-type]
+    assert probe.asked > 100 and probe.spent / probe.whole < 30
+    assert all(a >= b for a, b in zip(curve, probe.least, strict=True))
+    assert sum(curve) / 30 < sum(probe.least) / 30 + 1 / 64
