@@ -8,7 +8,7 @@ that no other one beats in both are the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +68,11 @@ class Auto:
         self.dense: list[float] = []
         self._asked: list[Asked] = []
         lengths: list[tuple[int, int]] = []
-        for asked in self.calibration:
-            state = runner.start(asked.batch)
-            logits = runner.logits(runner.flat(state), asked.batch)
-            if self.calibration.kind == "kl":
-                asked = replace(asked, dense=logits.log_softmax(-1).half())
-            self.dense += self.calibration.values(logits, asked)
+        for made in self.calibration:
+            state = runner.start(made.batch)
+            logits = runner.logits(runner.flat(state), made.batch)
+            asked, values = self.calibration.untouched(logits, made)
+            self.dense += values
             self._asked.append(asked)
             lengths += state.lengths
         self.shape, self.lengths = runner.shape, lengths

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -110,6 +110,12 @@ class Calibration:
         stop = torch.tensor([ends] if isinstance(ends, int) else ends or [-1], device=ids.device)
         over = torch.isin(ids, stop).long()
         return ids, over.cumsum(-1) - over == 0
+
+    def untouched(self, logits: Tensor, asked: Asked) -> tuple[Asked, list[float]]:
+        """From the untouched model's ``logits``: what later ones are judged by, and its values."""
+        if self.kind == "kl":
+            asked = replace(asked, dense=logits.log_softmax(-1).half())
+        return asked, self.values(logits, asked)
 
     def values(self, logits: Tensor, asked: Asked) -> list[float]:
         """The value of each example, from what is predicted where the answers stand (B, A, V)."""

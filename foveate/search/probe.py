@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from foveate.reducer import Reducer
 from foveate.search.objective import Asked, Calibration
-from foveate.search.prefix import Runner, Shelf, State
+from foveate.search.prefix import Runner, Shelf
 
 
 class Probe:
@@ -47,21 +45,17 @@ class Probe:
         self._asked: list[Asked] = []
         self._shelf = self._new_shelf()
         plain = Runner(runner.model)
-        for asked in calibration:
-            state = plain.start(asked.batch)
-            self._begin(asked, plain.logits(plain.flat(state), asked.batch))
-            self._shelf.put(state if runner.entrance is None else runner.start(asked.batch))
+        for made in calibration:
+            state = plain.start(made.batch)
+            logits = plain.logits(plain.flat(state), made.batch)
+            asked, values = calibration.untouched(logits, made)
+            self.dense += values
+            self._asked.append(replace(asked, batch=replace(asked.batch, inputs={})))
+            self._shelf.put(state if runner.entrance is None else runner.start(made.batch))
             self.lengths += state.lengths
             if advance:
                 advance(asked.size)
         self.dense_flops = plain.flops
-
-    def _begin(self, asked: Asked, logits: torch.Tensor) -> None:
-        """Keep of a batch what judging needs."""
-        if self.calibration.kind == "kl":
-            asked = replace(asked, dense=logits.log_softmax(-1).half())
-        self.dense += self.calibration.values(logits, asked)
-        self._asked.append(replace(asked, batch=replace(asked.batch, inputs={})))
 
     @property
     def forwards(self) -> float:
@@ -85,11 +79,8 @@ class Probe:
         recipe = self.runner.recipe([*alive[:layer], *rest], self.method)
         further = self._new_shelf()
         for state in self._shelf:
-            further.put(self._moved(state, recipe, layer))
+            further.put(self.runner.run(state, recipe, layer))
         self._shelf, self.layer = further, layer
-
-    def _moved(self, state: State, recipe: object, layer: int) -> State:
-        return self.runner.run(state, recipe, layer)  # type: ignore[arg-type]
 
     def _new_shelf(self) -> Shelf:
         folder = self._folder / str(self.layer)
