@@ -487,7 +487,7 @@ class Counted(Nested):
 
 
 def test_a_whole_gsearch_costs_forty_forwards_at_most() -> None:
-    """Of the calibration set; the procedure without reuse takes 110."""
+    """Of the calibration set, for more than a hundred probes."""
     shape = TextShape(30, 576, 9, 3, 64, 1536, 49152)
     probe = Counted(shape, text=30, vision=256)
     (*_, curve) = GSearch(probe, 0.01).run()  # type: ignore[arg-type]
