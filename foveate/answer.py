@@ -47,8 +47,7 @@ def answer(
     """
     if any(e.choices for e in examples):
         return _choose(model, processor, examples, likelihood)
-    texts = [chat(processor, e.question) for e in examples]
-    inputs = _inputs(model, processor, examples, texts)
+    inputs = prompts(model, processor, examples)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     longest = max_new_tokens or max(e.new_tokens for e in examples)
     out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
@@ -62,19 +61,14 @@ def _choose(model: Any, processor: Any, examples: Sequence[Example], likelihood:
     The prompts go through once. Every choice is then said on a copy of the cache, so a method that
     looks at the prompt's last rows sees the question and not the choice.
     """
-    inputs = _inputs(model, processor, examples, [chat(processor, e.question) for e in examples])
+    inputs = prompts(model, processor, examples)
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     scores: list[list[float]] = [[] for _ in examples]
     for turn in range(max(len(e.choices) for e in examples)):
         said = [e.choices[min(turn, len(e.choices) - 1)] for e in examples]
         ids, real = tails(processor, said, inputs["input_ids"].device)
-        more = model(
-            input_ids=ids,
-            attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1),
-            past_key_values=copy.deepcopy(out.past_key_values),
-            use_cache=True,
-        ).logits
-        logits = torch.cat([out.logits[:, -1:], more[:, :-1]], 1).float()
+        cache = copy.deepcopy(out.past_key_values)
+        logits = continued(model, out.logits, cache, inputs["attention_mask"], ids)
         logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * real
         total = logp.sum(-1) / (real.sum(-1) if likelihood == "mean" else 1)
         for mine, score in zip(scores, total.tolist(), strict=True):
@@ -95,10 +89,26 @@ def tails(processor: Any, said: Sequence[str], device: Any) -> tuple[Tensor, Ten
     return ids.to(device), real.to(device)
 
 
-def _inputs(model: Any, processor: Any, examples: Sequence[Example], texts: list[str]) -> Any:
-    """The processor's output for ``texts`` about the examples' images, padded on the left."""
-    images = [example.image for example in examples]
-    inputs = processor(
-        images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
+def continued(model: Any, logits: Tensor, cache: Any, mask: Tensor, ids: Tensor) -> Tensor:
+    """What is predicted where ``ids`` (B, A) stand after a prompt: (B, A, V), float32.
+
+    Args:
+        logits: (B, n, V) of the prompt's last rows.
+        cache: the prompt's; it takes in ``ids``.
+        mask: (B, L) the prompt's.
+    """
+    whole = torch.cat([mask, torch.ones_like(ids)], 1)
+    more = model(input_ids=ids, attention_mask=whole, past_key_values=cache, use_cache=True)
+    return torch.cat([logits[:, -1:], more.logits[:, :-1]], 1).float()
+
+
+def prompts(model: Any, processor: Any, examples: Sequence[Example]) -> Any:
+    """The processor's output for the examples' questions, padded on the left."""
+    made = processor(
+        images=[example.image for example in examples],
+        text=[chat(processor, example.question) for example in examples],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
     )
-    return inputs.to(model.device, model.dtype)
+    return made.to(model.device, model.dtype)

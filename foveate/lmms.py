@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 from foveate import loading
-from foveate.answer import tails
+from foveate.answer import continued, tails
 from foveate.ask import costs
 from foveate.bench import DENSE, Stopwatch, peak_bytes
-from foveate.recipe import parse
+from foveate.recipe import parse, with_keep
 from foveate.reducer import unknown
 
 try:
@@ -141,7 +141,7 @@ class Foveate(lmms):  # type: ignore[misc]
         self.max_frames, self.fps = _count("max_frames", max_frames), fps
         self._join()
         self.recipe = None if recipe is None else parse(recipe, keep)
-        self.recipe_name = DENSE if recipe is None else _label(recipe, keep)
+        self.recipe_name = DENSE if recipe is None else with_keep(recipe, keep)
         place = self.accelerator.device if self._world_size > 1 else device
         self.model, self.processor = loading.model(pretrained, dtype=dtype, device=str(place))
         self.device = self.model.device
@@ -241,14 +241,12 @@ class Foveate(lmms):  # type: ignore[misc]
         inputs = self._inputs(prompts)
         said = [self._target(r, p) for r, p in zip(requests, prompts, strict=True)]
         ids, real = tails(self.processor, said, self.model.device)
-        mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
 
         def forward() -> Any:
             """The prompt, then the continuation on its cache: methods see the question last."""
             first = self.model(**inputs, use_cache=True, logits_to_keep=1)
-            cache = first.past_key_values
-            more = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-            return torch.cat([first.logits[:, -1:], more.logits[:, :-1]], 1).float()
+            mask = inputs["attention_mask"]
+            return continued(self.model, first.logits, first.past_key_values, mask, ids)
 
         logits, cost = self._measured(requests, inputs, forward)
         logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * real
@@ -439,11 +437,6 @@ def _kind(visual: Any) -> str:
 
 def _opened(visual: Any) -> Image.Image:
     return loading.picture(visual) if isinstance(visual, str) else visual.convert("RGB")
-
-
-def _label(recipe: str, keep: float | None) -> str:
-    """The recipe in one piece, as the command line takes it."""
-    return recipe if keep is None else f"{recipe}{',' if ':' in recipe else ':'}keep={keep:.4g}"
 
 
 def _count(name: str, value: Any) -> int:

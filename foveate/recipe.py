@@ -185,6 +185,12 @@ def parse(text: str, keep: float | None = None) -> Recipe:
     return recipe(name, **({"keep": keep} if keep is not None else {}) | knobs)
 
 
+def with_keep(text: str, keep: float | str | None) -> str:
+    """The command line's ``text`` with the budget in it; None leaves it as it is."""
+    share = f"{keep:.4g}" if isinstance(keep, float) else keep
+    return text if share is None else f"{text}{',' if ':' in text else ':'}keep={share}"
+
+
 def finished(text: str) -> bool:
     """Whether the command line's ``text`` names a recipe file instead of a preset."""
     return text.endswith(".json") or Path(text).is_file()

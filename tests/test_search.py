@@ -20,7 +20,7 @@ from asking import Listed, asked, chosen
 
 import foveate
 from foveate.adapter import vision_rows
-from foveate.answer import answer
+from foveate.answer import answer, prompts
 from foveate.cost import TextShape
 from foveate.evaluate import evaluate
 from foveate.recipe import Recipe, recipe
@@ -29,7 +29,7 @@ from foveate.search import budget
 from foveate.search.analyse import analyse
 from foveate.search.auto import STARTS, Auto, complete, front
 from foveate.search.gsearch import GSearch, bayes, bisect
-from foveate.search.objective import Calibration, lower, prompts
+from foveate.search.objective import Calibration, lower
 from foveate.search.prefix import Batch, Runner, Shelf
 from foveate.search.probe import Probe
 from foveate.search.psigmoid import PSigmoid, fit

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -21,6 +21,8 @@ from typer.core import TyperGroup
 from foveate import catalogue, loading
 from foveate.cli import options, search, tables
 from foveate.cli.options import (
+    Batch,
+    Data,
     Device,
     Dtype,
     Json,
@@ -28,12 +30,10 @@ from foveate.cli.options import (
     Model,
     Output,
     Recipes,
+    Seed,
     Threads,
 )
-from foveate.recipe import Recipe, finished, parse
-
-if TYPE_CHECKING:
-    pass
+from foveate.recipe import Recipe, finished, parse, with_keep
 
 _COMMAND = "foveate.command"  # where the context keeps what was typed
 _ADAPTIVE = "adaptive"
@@ -311,11 +311,9 @@ def evaluate(
     ] = True,
     blank: Annotated[bool, typer.Option("--blank", help="Also dense with blanked images.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Examples of each task.")] = 500,
-    seed: Annotated[int, typer.Option("--seed", help="Of the order of examples.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples at once.")] = 8,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Folder with SPLIT.tar and SPLIT.jsonl.")
-    ] = None,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    data: Data = None,
     split: Annotated[
         str, typer.Option("--split", help="Such as train, validation.")
     ] = "validation",
@@ -450,7 +448,7 @@ def _at(text: str, budget: str) -> dict[str, Recipe]:
         raise ValueError(
             f"--keep holds {budget!r}; give fractions, such as 0.33,0.11, or {_ADAPTIVE}."
         ) from None
-    return {f"{text}{',' if ':' in text else ':'}keep={budget}": parse(text, share)}
+    return {with_keep(text, budget): parse(text, share)}
 
 
 def _digests(names: Iterable[str]) -> dict[str, str]:

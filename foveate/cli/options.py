@@ -58,6 +58,9 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", callback=writable, help="Also write the result as JSON."),
 ]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder with SPLIT.tar and SPLIT.jsonl.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the order of examples.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Examples at once.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, … or auto.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]

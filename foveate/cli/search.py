@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import typer
 
 import foveate
 from foveate.cli import options, tables
-from foveate.cli.options import Device, Dtype, Model, Threads
+from foveate.cli.options import Batch, Data, Device, Dtype, Model, Seed, Threads
 from foveate.search.study import Direction, run
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ Objective = Annotated[
         help="score (the task's), or, without labels: match (same answers as dense) or kl.",
     ),
 ]
-Data = Annotated[Path | None, typer.Option("--data", help="Folder with SPLIT.tar and SPLIT.jsonl.")]
 Split = Annotated[str, typer.Option("--split", help="What is searched on.")]
 CheckSplit = Annotated[str, typer.Option("--check-split", help="What the result is measured on.")]
 Limit = Annotated[int, typer.Option("--limit", min=2, help="Examples of each task to search on.")]
@@ -55,8 +53,6 @@ CheckTask = Annotated[
 CheckLimit = Annotated[
     int, typer.Option("--check-limit", min=0, help="Examples of each task to measure on; 0: none.")
 ]
-Seed = Annotated[int, typer.Option("--seed")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Examples at once.")]
 First = Annotated[int, typer.Option("--first", min=1, help="The first layer with fewer tokens.")]
 Method = Annotated[str, typer.Option("--method", help="What ranks tokens between layers.")]
 Confidence = Annotated[
@@ -127,7 +123,7 @@ class Job:
         recipe.save(self.output)
         report = {"recipe": str(self.output), **measured, **spent, **facts, "alive": list(curve)}
         report |= {"asked": self.asked, "rows": rows, "tried": list(tried)}
-        self.output.with_suffix(".search.json").write_text(json.dumps(report, indent=1) + "\n")
+        options.write(self.output.with_suffix(".search.json"), report)
         picture({self.output.stem: curve}, self.output.with_suffix(".png"))
         console = tables.console()
         if rows:
@@ -382,7 +378,6 @@ def auto(
     """
     from foveate.recipe import Recipe
     from foveate.search import auto as leaf
-    from foveate.search.objective import lower
 
     if (budget is None) is not bool(max_drop):
         raise ValueError("Give either --budget, such as 0.125, or --max-drop, such as 0.5%.")
@@ -398,10 +393,7 @@ def auto(
         done = leaf.complete(job.study)
         if not done:
             raise ValueError("No trial made a recipe within the budget; raise --trials.")
-        best = max(done, key=lambda t: (t.values[0], -t.values[1]))
-        if allowed is not None:
-            fit = [t for t in done if lower(search.apart(t), confidence) >= -allowed]
-            best = min(fit, key=lambda t: t.values[1]) if fit else best
+        best, within = search.recommended(done, allowed, confidence)
         front = leaf.front(done)
         folder = job.output.with_suffix(".front")
         folder.mkdir(exist_ok=True)
@@ -411,7 +403,6 @@ def auto(
         leaf.picture(done, front, best, dense, folder / "front.png")
         tried = [{"value": t.values[0], "share": t.values[1], **t.params} for t in done]
         kept = {"value": best.values[0], "share": best.values[1], "front": len(front)}
-        within = allowed is None or bool(fit)
         job.finish(Recipe.from_dict(best.user_attrs["recipe"]), search, tried, **kept)
         if not within:
             job.say("")

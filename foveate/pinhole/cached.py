@@ -4,9 +4,9 @@
 2. ``align``: the projector alone learns to send patches near the word embeddings of what the
    captions say, without the language model (thousands of photos a second).
 3. ``tune``: the language model's low-rank deltas and the projector learn to answer. A row holds one
-   random patch of each 2 × 2 cell of a stored image, at its own position, so the text stands where
-   it will stand in use and pinhole learns to live with missing tokens from the start. Drawn scenes
-   are new at every step and shown whole: small things are lost otherwise.
+   random patch of each 4 × 4, later 2 × 2 cell of the image, at its own position, so the text
+   stands where it will stand in use and pinhole learns to live with missing tokens from the start;
+   at the end every patch is shown. Photos and easy-VQA come from the file, scenes are drawn anew.
 """
 
 from __future__ import annotations
@@ -210,12 +210,8 @@ class Lessons:
         return Rows(shown, prefix, self.image_at, **arrays, places=places)
 
     def _one(self, rng: random.Random) -> Row:
-        if rng.random() >= EASY:
-            return self.photos.row(rng)
-        place = rng.randrange(self.easy_count)
-        segments = list(self.easy.by_image[self.easy.numbers[place]])
-        rng.shuffle(segments)
-        return Row("easy", segments, place)
+        easy = rng.random() < EASY
+        return self.easy.row(rng, self.easy_count) if easy else self.photos.row(rng)
 
 
 def right(
@@ -269,8 +265,7 @@ class CachedRun:
     ) -> None:
         self.student, self.out, self.drawn, self.seed = student, out, drawn, seed
         self.writer = Writer(out / "processor" / "tokenizer.json")
-        some = Photos(photos.folder, photos.split)
-        some.__dict__["rows"] = photos.rows[: counts[0]]
+        some = photos.first(counts[0])
         self.easy = EasyRows()
         grounds = [some.image(i) for i in range(0, len(some), 10)] if drawn else []
         self.lessons = Lessons(PhotoRows(some), self.easy, counts[1], self.writer, grounds)

@@ -193,8 +193,9 @@ class EasyRows:
             self.by_image.setdefault(number, []).append(segment)
         self.numbers = sorted(self.by_image)
 
-    def row(self, rng: random.Random) -> Row:
-        place = rng.randrange(len(self.numbers))
+    def row(self, rng: random.Random, first: int | None = None) -> Row:
+        """All questions about one image, of the ``first`` ones or of all."""
+        place = rng.randrange(first or len(self.numbers))
         segments = list(self.by_image[self.numbers[place]])
         rng.shuffle(segments)
         return Row("easy", segments, place)

@@ -378,7 +378,7 @@ def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, de
     names = ("flickr8k-yesno", "easyvqa") if settings.check else ()
     tasks = [task(name, data=data, limit=settings.check) for name in names]
     ready(tasks)
-    split = _first(photos(data, "train"), settings.limit)
+    split = photos(data, "train").first(settings.limit)
     model, processor = pinhole.load(torch.float32, device)
     asked = {"recipe": recipes[text].to_dict(), "n": settings.check}
     with _bar() as bar:
@@ -414,17 +414,10 @@ def train_recipe(settings: Settings, out: Path, data: Path | None, text: str, de
     print(leaf.table(rows))
 
 
-def _first(split: Photos, limit: int | None) -> Photos:
-    """The first ``limit`` photos, or all."""
-    some = Photos(split.folder, split.split)
-    some.__dict__["rows"] = split.rows[:limit]
-    return some
-
-
 def _mix(settings: Settings, split: Photos, pictures: Tensor, json_file: Path) -> Mix:
     from PIL import Image
 
-    kept = _first(split, pictures.shape[0])
+    kept = split.first(pictures.shape[0])
     ground = [
         Image.fromarray(p.permute(1, 2, 0).numpy())
         for p in pictures[:: max(1, len(pictures) // 400)]

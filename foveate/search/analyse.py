@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 import foveate
 from foveate.adapter import Seen, family, vision_rows
+from foveate.answer import prompts
 from foveate.loading import missing
-from foveate.recipe import Recipe, parse
+from foveate.recipe import parse
 from foveate.reducer import Scorer, Tokens
-from foveate.search.objective import prompts
+from foveate.search.found import figure
 from foveate.tasks import Example
 from foveate.watch import Watch
 
@@ -75,12 +77,17 @@ def analyse(
     near: dict[str, list[float]] = {name: [] for name in ("untouched", *recipes)}
     for example in examples:
         inputs = prompts(model, processor, [example])
-        scores = _scores(model, inputs, scorer)
+        vision = vision_rows(model, inputs["input_ids"])[0]
+        with _entering(model) as seen:
+            scores = _scores(model, inputs, vision, scorer)
         taus.append([_tau(a, b) for a, b in pairwise(scores)])
         masses.append([float(s.sum()) for s in scores])
-        near["untouched"].append(_redundancy(model, inputs, None))
+        near["untouched"].append(_redundancy(seen[0][vision]))
         for name, recipe in recipes.items():
-            near[name].append(_redundancy(model, inputs, recipe))
+            with foveate.reduced(model, recipe) as report, _entering(model) as seen:
+                model(**inputs, use_cache=False, logits_to_keep=1)
+            left = vision[report.slots[0][0].to(vision.device)]
+            near[name].append(_redundancy(seen[0][left]))
         if advance:
             advance(1)
     if not taus:
@@ -91,28 +98,20 @@ def analyse(
 
 
 def picture(found: Findings, file: Path) -> None:
-    """Agreement between layers, and attention on vision tokens, by layer.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing("matplotlib", "search") from error
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Agreement between layers, and attention on vision tokens, by layer."""
+    drawn = figure(9, 3.2)
+    left, right = drawn.subplots(1, 2)
     left.bar(range(len(found.tau)), found.tau)
     left.set(xlabel="layer and the next", ylabel="Kendall's tau of the ranking", ylim=(-0.2, 1))
     right.bar(range(len(found.mass)), found.mass)
     right.set(xlabel="layer", ylabel="attention on vision tokens", ylim=(0, 1))
-    figure.savefig(file, dpi=150)
+    drawn.savefig(file, dpi=150)
 
 
-def _scores(model: Any, inputs: dict[str, Any], scorer: Scorer) -> list[Tensor]:
-    """The score of each vision token (N,), by layer."""
-    at = vision_rows(model, inputs["input_ids"])[0].nonzero()[:, 0]
-    after = inputs["input_ids"].shape[1] - 1 - int(at[-1])
+def _scores(model: Any, inputs: Any, vision: Tensor, scorer: Scorer) -> list[Tensor]:
+    """The score of each vision token (N,), by layer; ``vision`` (L,) says which rows they are."""
+    at = vision.nonzero()[:, 0]
+    after = len(vision) - 1 - int(at[-1])
     layers = list(cast(nn.ModuleList, family(model).text(model).layers))
     found: list[Tensor] = [torch.empty(0)] * len(layers)
 
@@ -141,25 +140,21 @@ def _scores(model: Any, inputs: dict[str, Any], scorer: Scorer) -> list[Tensor]:
     return found
 
 
-def _redundancy(model: Any, inputs: dict[str, Any], recipe: Recipe | None) -> float:
-    """Mean cosine of each vision token at the entrance and the one nearest to it."""
+@contextmanager
+def _entering(model: Any) -> Iterator[list[Tensor]]:
+    """Yields a list that gets the rows (L, D) which enter the first layer, of the first sample."""
     seen: list[Tensor] = []
-    text = family(model).text(model)
-    hook = cast(nn.ModuleList, text.layers)[0].register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
-    at = vision_rows(model, inputs["input_ids"])[0]
+    first = cast(nn.ModuleList, family(model).text(model).layers)[0]
+    hook = first.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     try:
-        if recipe is None:
-            model(**inputs, use_cache=False, logits_to_keep=1)
-        else:
-            with foveate.reduced(model, recipe) as report:
-                model(**inputs, use_cache=False, logits_to_keep=1)
-                slots = report.slots[0][0].to(at.device)
-            at = at[slots]
+        yield seen
     finally:
         hook.remove()
-    tokens = F.normalize(seen[0][0, at].float(), dim=-1)
+
+
+def _redundancy(rows: Tensor) -> float:
+    """Mean cosine of each of ``rows`` (N, D) and the one nearest to it."""
+    tokens = F.normalize(rows.float(), dim=-1)
     alike = (tokens @ tokens.T).fill_diagonal_(-1.0)
     return float(alike.amax(-1).mean())
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import foveate
-from foveate.loading import missing
 from foveate.recipe import Recipe
 from foveate.schedule import Schedule
-from foveate.search.budget import Budget, share
-from foveate.search.objective import Asked, Calibration
+from foveate.search.budget import Budget, ends, flops, share
+from foveate.search.found import figure
+from foveate.search.objective import Asked, Calibration, lower
 from foveate.search.prefix import Runner
+from foveate.search.psigmoid import SLOPES, START, middles
 
 if TYPE_CHECKING:
     import optuna
@@ -35,7 +36,7 @@ LEAST = 0.02  # of the vision tokens, at the entrance
 STARTS: tuple[Mapping[str, Any], ...] = (
     {"entrance": "aim-merge", "layers": "pagerank", "shape": "ramp"},
     {"entrance": NONE, "layers": "fastv", "shape": "step", "before": 2},
-    {"entrance": NONE, "layers": "attention", "shape": "sigmoid", "slope": 0.222},
+    {"entrance": NONE, "layers": "attention", "shape": "sigmoid", "slope": START},
     {"entrance": "prumerge", "layers": NONE},
     {"entrance": "prumerge+", "layers": NONE},
     {"entrance": "pool", "layers": NONE},
@@ -51,7 +52,6 @@ class Auto:
         calibration: the prompts.
         shares: least and most FLOPs, as a share of what vision tokens add to the text's.
         entrances, layers: the methods to choose from; ``none`` among them or not.
-        advance: told how many examples were just run.
     """
 
     model: Any
@@ -59,7 +59,6 @@ class Auto:
     shares: tuple[float, float]
     entrances: Sequence[str] = ENTRANCES
     layers: Sequence[str] = LAYERS
-    advance: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
         """Run every prompt once through the untouched model."""
@@ -147,12 +146,12 @@ class Auto:
 
             low, high = 1e-4, most
         else:
-            slope = trial.suggest_float("slope", 0.02, 2.0, log=True)
+            slope = trial.suggest_float("slope", *SLOPES, log=True)
 
             def make(x: float) -> Schedule:
                 return Schedule.sigmoid(slope=slope, middle=x, entrance=most)
 
-            low, high = -20 / slope, self.depth + 20 / slope
+            low, high = middles(slope, self.depth)
         return self._solved(limit, entrance, layers, make, low, high)
 
     def _solved(
@@ -182,8 +181,6 @@ class Auto:
             end = runner.run(runner.start(asked.batch), recipe)
             logits = runner.logits(end.hidden, asked.batch)
             found += self.calibration.values(logits, asked)
-            if self.advance:
-                self.advance(asked.size)
         self.flops += runner.flops
         self.runs += 1
         return found
@@ -194,9 +191,25 @@ class Auto:
 
     def spent(self, recipe: Recipe) -> float:
         """The FLOPs of a recipe as a share of what vision tokens add to the text's."""
-        whole, none = (share(s, self.shape, self.lengths) for s in (1.0, 1e-12))
-        cost = whole.cost(recipe.schedule.alive)
-        return (cost - none.limit) / (whole.limit - none.limit)
+        floor, dense = ends(self.shape, self.lengths)
+        cost = flops(dense, self.shape, self.lengths).cost(recipe.schedule.alive)
+        return (cost - floor) / (dense - floor)
+
+    def recommended(
+        self,
+        trials: Sequence[optuna.trial.FrozenTrial],
+        max_drop: float | None,
+        confidence: float,
+    ) -> tuple[optuna.trial.FrozenTrial, bool]:
+        """The cheapest trial that loses no more than ``max_drop``, and whether there is one.
+
+        Where there is none, or without a tolerance, the best.
+        """
+        best = max(trials, key=lambda t: (t.values[0], -t.values[1]))
+        if max_drop is None:
+            return best, True
+        fit = [t for t in trials if lower(self.apart(t), confidence) >= -max_drop]
+        return (min(fit, key=lambda t: t.values[1]), True) if fit else (best, False)
 
 
 def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -214,19 +227,15 @@ def picture(
     file: Path,
 ) -> None:
     """All trials by cost and value, the front as a line, the one recommended ringed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing("matplotlib", "search") from error
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
+    drawn = figure(6, 3.6)
+    axes = drawn.subplots()
     axes.axhline(dense, color="grey", linewidth=1, label="untouched")
     axes.scatter(*_points(trials), s=12, color="lightgrey", label="tried")
     axes.step(*_points(best), where="post", marker="o", markersize=4, label="front")
     axes.scatter(*_points([chosen]), s=120, facecolors="none", edgecolors="red", label="taken")
     axes.set(xlabel="share of the vision tokens' FLOPs", ylabel="objective")
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=150)
+    drawn.savefig(file, dpi=150)
 
 
 def _points(trials: Sequence[optuna.trial.FrozenTrial]) -> tuple[list[float], list[float]]:

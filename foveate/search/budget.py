@@ -55,12 +55,15 @@ def share(fraction: float, shape: TextShape, lengths: Lengths) -> Budget:
     """A fraction of the prefill FLOPs that vision tokens add to what text alone costs."""
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"The budget is {fraction}; it is a fraction in (0, 1], such as 0.125.")
-    cost = _flops(shape, lengths)
-    floor = sum(shape.layer_flops(text) for text, _ in lengths) * shape.layers / len(lengths)
-    dense = cost([1.0] * shape.layers)
-    return Budget(
-        f"{fraction:.4g} of the vision tokens' FLOPs", floor + fraction * (dense - floor), cost
-    )
+    floor, dense = ends(shape, lengths)
+    limit = floor + fraction * (dense - floor)
+    return Budget(f"{fraction:.4g} of the vision tokens' FLOPs", limit, _flops(shape, lengths))
+
+
+def ends(shape: TextShape, lengths: Lengths) -> tuple[float, float]:
+    """Prefill FLOPs of the decoder layers with no vision token and with all, means over prompts."""
+    cost = _flops(shape, [(text, 0) for text, _ in lengths])
+    return cost([0.0] * shape.layers), _flops(shape, lengths)([1.0] * shape.layers)
 
 
 def flops(limit: float, shape: TextShape, lengths: Lengths) -> Budget:

@@ -43,8 +43,8 @@ def stamped(recipe: Recipe, config: Any, facts: Mapping[str, Any]) -> Recipe:
     return replace(recipe, provenance={**said, "versions": versions, **facts})
 
 
-def picture(curves: Mapping[str, Sequence[float]], file: Path) -> None:
-    """Keep ratio by layer, a line for each curve.
+def figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, in inches.
 
     Raises:
         ImportError: without matplotlib.
@@ -53,10 +53,15 @@ def picture(curves: Mapping[str, Sequence[float]], file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing("matplotlib", "search") from error
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def picture(curves: Mapping[str, Sequence[float]], file: Path) -> None:
+    """Keep ratio by layer, a line for each curve."""
+    drawn = figure(6, 3.6)
+    axes = drawn.subplots()
     for name, alive in curves.items():
         axes.step(range(len(alive)), alive, where="mid", label=name)
     axes.set(xlabel="layer", ylabel="vision tokens kept", ylim=(0, 1.03))
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=150)
+    drawn.savefig(file, dpi=150)

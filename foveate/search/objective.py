@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.answer import tails
-from foveate.ask import chat
+from foveate.answer import prompts, tails
 from foveate.search.prefix import Batch
 from foveate.tasks import Example, Task
 
@@ -66,9 +65,9 @@ class Calibration:
             raise ValueError(f"There is no objective {kind!r}; take one of {', '.join(KINDS)}.")
         self.model, self.processor, self.kind = model, processor, kind
         self._tasks, self._size = tasks, batch_size
-        self.count = sum(len(task) for task in tasks)
-        if self.count < 2:
-            raise ValueError(f"{self.count} examples are too few to search with; raise --limit.")
+        count = sum(len(task) for task in tasks)
+        if count < 2:
+            raise ValueError(f"{count} examples are too few to search with; raise --limit.")
         self._hash = hashlib.sha256(kind.encode())
 
     def __iter__(self) -> Iterator[Asked]:
@@ -132,18 +131,6 @@ class Calibration:
             return [_chosen(asked, each, n) for n in range(asked.size)]
         said = (logits.argmax(-1) == target) | ~real
         return [float(v) for v in said.all(-1)]
-
-
-def prompts(model: Any, processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
-    """The examples' prompts, padded on the left."""
-    made = processor(
-        images=[example.image for example in examples],
-        text=[chat(processor, example.question) for example in examples],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
-    return dict(made.to(model.device, model.dtype))
 
 
 def followed(inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Batch:

@@ -46,12 +46,6 @@ class Batch:
     inputs: dict[str, Any]
     answer: Tensor
 
-    @property
-    def rows(self) -> list[int]:
-        """Rows of each prompt, padding left out."""
-        prompt = self.inputs["attention_mask"][:, : -self.answer.shape[1]]
-        return cast(list[int], prompt.sum(-1).tolist())
-
 
 @dataclass
 class _Rows(Pass):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,21 +30,19 @@ class Probe:
         folder: Path,
         *,
         memory: int = 2 << 30,
-        advance: Callable[[int], object] | None = None,
     ) -> None:
         """Runs every prompt once through the untouched model.
 
         Args:
             folder: for states that do not fit into ``memory`` (bytes).
-            advance: told how many examples were just run.
         """
         self.runner, self.calibration, self.method = runner, calibration, method
-        self._folder, self._memory, self._advance = folder, memory, advance
+        self._folder, self._memory = folder, memory
         self.layer, self.runs = 0, 0
         self.dense: list[float] = []
         self.lengths: list[tuple[int, int]] = []
         self._asked: list[Asked] = []
-        self._shelf = self._new_shelf()
+        self._shelf = self._new_shelf(0)
         plain = Runner(runner.model)
         for made in calibration:
             state = plain.start(made.batch)
@@ -53,8 +52,6 @@ class Probe:
             self._asked.append(replace(asked, batch=replace(asked.batch, inputs={})))
             self._shelf.put(state if runner.entrance is None else runner.start(made.batch))
             self.lengths += state.lengths
-            if advance:
-                advance(asked.size)
         self.dense_flops = plain.flops
 
     @property
@@ -68,8 +65,6 @@ class Probe:
         for state, asked in zip(self._shelf, self._asked, strict=True):
             logits = self.runner.logits(self.runner.run(state, recipe).hidden, asked.batch)
             found += self.calibration.values(logits, asked)
-            if self._advance:
-                self._advance(asked.size)
         self.runs += 1
         return found
 
@@ -77,12 +72,15 @@ class Probe:
         """Go to just before ``layer``; the schedule below it is ``alive``'s."""
         rest = [0.0] * (self.runner.shape.layers - layer)  # so that attention there is kept
         recipe = self.runner.recipe([*alive[:layer], *rest], self.method)
-        further = self._new_shelf()
+        if layer == self.layer:
+            return
+        further = self._new_shelf(layer)
         for state in self._shelf:
             further.put(self.runner.run(state, recipe, layer))
+        shutil.rmtree(self._shelf.folder)
         self._shelf, self.layer = further, layer
 
-    def _new_shelf(self) -> Shelf:
-        folder = self._folder / str(self.layer)
-        folder.mkdir(exist_ok=True)
+    def _new_shelf(self, layer: int) -> Shelf:
+        folder = self._folder / str(layer)
+        folder.mkdir()
         return Shelf(folder, self._memory)

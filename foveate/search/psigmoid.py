@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from foveate.loading import missing
 from foveate.schedule import Schedule
 from foveate.search.budget import Budget
 from foveate.search.probe import Probe
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 SLOPES = 0.02, 2.0
 TOPS = 0.3, 1.0
 START = 0.222  # fitted to the paper's curve for LLaVA-1.5-7B
-FITTED = 200
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class PSigmoid:
             )
             return made.resolve(layers).alive
 
-        reach = 20 / slope
-        return at(self.budget.largest(at, -reach, layers + reach))
+        return at(self.budget.largest(at, *middles(slope, layers)))
 
     def objective(self, trial: optuna.Trial) -> float:
         """The mean over the calibration set; for ``study.optimize``."""
@@ -73,13 +72,16 @@ class PSigmoid:
         study.enqueue_trial(point, skip_if_exists=True)
 
 
+def middles(slope: float, layers: int) -> tuple[float, float]:
+    """The range of middles, from hardly anything kept to hardly anything dropped."""
+    return -20 / slope, layers + 20 / slope
+
+
 def fit(alive: Sequence[float], first: int = 2) -> tuple[float, float]:
     """(slope, top) of the sigmoid nearest to a curve, by least squares from layer ``first`` on."""
     try:
         from scipy.optimize import curve_fit
     except ImportError as error:
-        from foveate.loading import missing
-
         raise missing("scipy", "search") from error
     import numpy as np
 

@@ -46,6 +46,12 @@ class Photos:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def first(self, count: int | None) -> Photos:
+        """The first ``count`` of them, or all."""
+        some = Photos(self.folder, self.split)
+        some.__dict__["rows"] = self.rows[:count]
+        return some
+
     def image(self, index: int) -> Image.Image:
         name = Path(self.rows[index][0]).name
         if name not in self._places:
