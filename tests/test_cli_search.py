@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command import LAYERS, VISION, never, refuses, works, wrote
 from PIL import Image
 
 import foveate
+from foveate.search import clock
 from foveate.search.probe import Probe
 
 pytest.importorskip("optuna")
@@ -112,6 +115,9 @@ def test_analysis_says_what_it_saw(search: list[str]) -> None:
         (["psigmoid"], "said 0 times"),
         (["psigmoid", "--tokens", "1"], "cannot be met"),
         (["psigmoid", "--flops", "many"], "2.74T"),
+        (["psigmoid", "--ttft", "soon"], "120ms"),
+        (["psigmoid", "--tokens", "9", "--entrance", "fastv"], "prumerge+:keep=0.5"),
+        (["gsearch", "--entrance", "prumerge"], "prumerge+:keep=0.5"),
         (["gsearch", "--max-drop", "some"], "0.5%"),
         (["gsearch", "--optimiser", "grid"], "bisect or bo"),
         (["gsearch", "--confidence", "0.2"], "at least 0.5"),
@@ -144,6 +150,101 @@ def test_two_workers_share_one_search_though_one_is_killed(
     works(*[str(checkpoint) if word == "tiny" else word for word in command], "--trials", "5")
     tried = wrote("r.search.json")["tried"]
     assert sum(t["value"] is not None for t in tried) == 5
+
+
+def test_torchrun_shares_the_examples_though_one_process_is_killed(
+    search: list[str], checkpoint: Path
+) -> None:
+    """Two processes find what one finds; one is killed on the way and the command given again."""
+    command = [str(checkpoint) if word == "tiny" else word for word in search]
+    command += ["--step", "0.25", "--max-drop", "0.05", "--check-limit", "2"]
+    works("search", "gsearch", *command)
+    alone, report = foveate.Recipe.load("r.json"), wrote("r.search.json")
+    command[command.index("r.json")] = "shared.json"
+    Path("worker.py").write_text(
+        f"import test_cli_search as t; t.second_dies_once({['search', 'gsearch', *command]!r})"
+    )
+    where = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--standalone", "worker.py"]
+    env = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"}
+    first, second = (subprocess.run(torchrun, env=env, timeout=500, check=False) for _ in range(2))
+    assert first.returncode != 0 and second.returncode == 0
+    assert Path("died").is_file()
+    shared = foveate.Recipe.load("shared.json")
+    assert shared.schedule == alone.schedule
+    assert shared.provenance["data"] == alone.provenance["data"]
+    again = wrote("shared.search.json")
+    assert again["evaluations"] < report["evaluations"]  # some had been noted before the death
+    for before, after in zip(report["tried"], again["tried"], strict=True):
+        assert after == pytest.approx(before, abs=1e-5)
+
+
+def second_dies_once(command: list[str]) -> None:
+    """A process of ``torchrun``; the one of rank 1 is killed in its second probe, once."""
+    plain, calls = Probe.values, []
+
+    def values(self: Probe, alive: Sequence[float]) -> list[float]:
+        calls.append(alive)
+        if len(calls) == 2 and os.environ["RANK"] == "1" and not Path("died").is_file():
+            Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, alive)
+
+    Probe.values = values  # type: ignore[method-assign]
+    works(*command)
+
+
+def test_an_entrance_before_the_search(search: list[str]) -> None:
+    works(
+        "search",
+        "psigmoid",
+        *search,
+        "--tokens",
+        "9",
+        "--entrance",
+        "pool:keep=0.5",
+        "--trials",
+        "2",
+        "--check-limit",
+        "0",
+    )
+    recipe = foveate.Recipe.load("r.json")
+    assert recipe.entrance == foveate.reducer("pool") and recipe.schedule.alive[:2] == (0.5, 0.5)
+    kept = [recipe.schedule.count(b, VISION) for b in range(LAYERS)]
+    assert 8 < sum(kept) / LAYERS <= 9
+    assert "entrance" in refuses("search", "psigmoid", *search, "--tokens", "9")
+
+
+def test_a_budget_of_milliseconds(search: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer takes 1 ms and 0.1 for each row, all else 4 ms: 7 text rows and 36 of the image."""
+    monkeypatch.setattr(clock, "layer_times", lambda *_: [(1, 1.1), (100, 11.0)])
+    text = []
+
+    def taken(model: object, inputs: dict[str, Any], recipe: foveate.Recipe | None = None) -> float:
+        text[:] = [inputs["input_ids"].shape[1] - VISION]
+        alive = recipe.schedule.alive if recipe else (1.0,) * LAYERS
+        kept = foveate.Schedule(alive=alive)
+        return 4.0 + sum(1 + 0.1 * (text[0] + kept.count(b, VISION)) for b in range(LAYERS))
+
+    monkeypatch.setattr(clock, "first_token", taken)
+    dense = taken(None, {"input_ids": torch.zeros(1, 43)})
+    works(
+        "search",
+        "psigmoid",
+        *search,
+        "--ttft",
+        f"{dense - 6:.6f}ms",
+        "--first",
+        "1",
+        "--trials",
+        "2",
+        "--check-limit",
+        "0",
+    )
+    assert dense - 6.6 < wrote("r.search.json")["ttft_ms"] + 0.1 * (36 - text[0] - 29) <= dense
+    said = refuses("search", "psigmoid", *search[:-1], "s.json", "--ttft", "3ms")
+    assert "cannot be met" in said and "4 ms" in said
 
 
 def dies_in_the_third(command: list[str]) -> None:

@@ -21,8 +21,13 @@ from foveate.search.study import Direction, run
 
 if TYPE_CHECKING:
     from foveate.recipe import Recipe
+    from foveate.reducer import Reducer
     from foveate.search.auto import Auto
+    from foveate.search.budget import Budget
     from foveate.search.probe import Probe
+    from foveate.search.shards import Shards
+
+    Entering = tuple[Reducer | None, float]
 
 app = typer.Typer(
     help="Search a recipe: gsearch loses nothing, psigmoid keeps to a budget.",
@@ -65,6 +70,13 @@ Confidence = Annotated[
 Storage = Annotated[
     str, typer.Option("--storage", help="URL or file of the Optuna study; default: beside -o.")
 ]
+Entrance = Annotated[
+    str,
+    typer.Option(
+        "--entrance",
+        help="What reduces before the language model, as in prumerge+:keep=0.5; default: nothing.",
+    ),
+]
 Memory = Annotated[
     float, typer.Option("--memory", help="GiB of hidden states kept in memory; the rest on disk.")
 ]
@@ -80,6 +92,7 @@ class Job:
     calibration: Any
     study: Any
     checks: Sequence[Any]
+    shards: Shards
     asked: Mapping[str, Any]
     batch: int
     output: Path
@@ -87,13 +100,20 @@ class Job:
     begun: float
     say: Callable[[str], object]
 
-    def probe(self, method: str, memory: float) -> Probe:
+    def probe(self, entrance: Entering, method: str, memory: float) -> Probe:
         """The calibration set before layer 0."""
         from foveate.search.prefix import Runner
         from foveate.search.probe import Probe
 
         held, reducer = int(memory * 2**30), foveate.reducer(method)
-        return Probe(Runner(self.model), self.calibration, reducer, self.folder, memory=held)
+        runner = Runner(self.model, *entrance)
+        return Probe(runner, self.calibration, reducer, self.folder, memory=held)
+
+    def serves(self, search: Probe | Auto) -> bool:
+        """Whether this process only ran what the first one asked for, and is done."""
+        if self.shards.rank:
+            self.shards.serve(search)
+        return self.shards.rank > 0
 
     def finish(
         self,
@@ -105,6 +125,7 @@ class Job:
         """Measure the found recipe, write it with its report and picture, and say what it is."""
         from foveate.search.found import held_out, picture, stamped
 
+        self.shards.stop()
         curve = recipe.schedule.alive
         spent = {
             "evaluations": search.runs,
@@ -163,6 +184,7 @@ def _job(
     from foveate.bench import about
     from foveate.evaluate import digest, ready
     from foveate.search.objective import Calibration
+    from foveate.search.shards import Shards
     from foveate.search.study import opened
 
     options.no_shape(model, "search")
@@ -178,14 +200,18 @@ def _job(
             "--check-split or --check-task, or --check-limit 0 to measure nothing."
         )
     checks = list(unseen.values())
-    ready([*named.values(), *checks])
-    loaded, processor = options.load(model, dtype, device, threads, {})
+    ready(list(named.values()))
+    ready(checks)
+    shards = Shards()
+    loaded, processor = options.load(model, dtype, shards.device(device), threads, {})
     said = {"search": kind, "model": model, "tasks": list(named), "split": split, "limit": limit}
     said |= {"seed": seed, "objective": objective, **asked}
     facts = about(loaded, model) | {"split": check_split}
     asked_of = said | {"weights": digest(loaded), "dtype": facts["dtype"]}
     place = storage or str(output.with_suffix(".study"))
-    study = opened(place, kind, asked_of, seed=seed, directions=directions)
+    study = None
+    if not shards.rank:
+        study = opened(place, kind, asked_of, seed=seed, directions=directions)
     begun = time.monotonic()
     with (
         options.waiting("the untouched model on the calibration set") as say,
@@ -195,9 +221,12 @@ def _job(
             model=loaded,
             processor=processor,
             about=facts,
-            calibration=Calibration(loaded, processor, list(named.values()), objective, batch),
+            calibration=Calibration(
+                loaded, processor, list(named.values()), objective, batch, shards
+            ),
             study=study,
             checks=checks,
+            shards=shards,
             asked=said,
             batch=batch,
             output=output,
@@ -241,6 +270,7 @@ def gsearch(
     ] = "bisect",
     step: Annotated[float, typer.Option("--step", help="Keep ratios are multiples of it.")] = 1
     / 64,
+    entrance: Entrance = "",
     method: Method = "attention",
     first: First = 2,
     memory: Memory = 2.0,
@@ -254,9 +284,12 @@ def gsearch(
     allowed = _drop(max_drop)
     foveate.reducer(method)
     asked: dict[str, Any] = {"max_drop": allowed, "confidence": _sure(confidence), "step": step}
-    asked |= {"optimiser": optimiser, "method": method, "first": first}
+    asked |= {"optimiser": optimiser, "method": method, "first": first} | _said(entrance)
+    entering = _entering(entrance)
     with _job("gsearch", asked, **shared) as job:
-        probe = job.probe(method, memory)
+        probe = job.probe(entering, method, memory)
+        if job.serves(probe):
+            return
         search = GSearch(
             probe,
             allowed,
@@ -310,6 +343,10 @@ def psigmoid(
     tokens: Annotated[
         float | None, typer.Option("--tokens", help="Vision tokens, averaged over layers.")
     ] = None,
+    ttft: Annotated[
+        str,
+        typer.Option("--ttft", help="Time to the first token of one prompt here, such as 120ms."),
+    ] = "",
     trials: Annotated[int, typer.Option("--trials", min=1, help="Slopes to try.")] = 20,
     both: Annotated[
         bool, typer.Option("--both", help="Search the height of the sigmoid, too.")
@@ -317,34 +354,43 @@ def psigmoid(
     like: Annotated[
         Path | None, typer.Option("--like", help="A recipe whose curve is fitted for a start.")
     ] = None,
+    entrance: Entrance = "",
     method: Method = "attention",
     first: First = 2,
     memory: Memory = 2.0,
 ) -> None:
     """P-Sigmoid: the sigmoid of depth that is best within a budget."""
     from foveate.recipe import Recipe
-    from foveate.search import budget as budgets
-    from foveate.search.psigmoid import PSigmoid
+    from foveate.search import clock
+    from foveate.search.psigmoid import START, PSigmoid
 
-    said = [n for n, v in (("--budget", budget), ("--flops", flops), ("--tokens", tokens)) if v]
+    ways = {"--budget": budget, "--flops": flops, "--tokens": tokens, "--ttft": ttft}
+    said = [name for name, value in ways.items() if value]
     if len(said) != 1:
-        raise ValueError(
-            f"The budget is said {len(said)} times; give one of --budget, --flops, --tokens."
-        )
+        raise ValueError(f"The budget is said {len(said)} times; give one of {', '.join(ways)}.")
     start = Recipe.load(like).schedule.alive if like else ()
-    asked = {"budget": budget, "flops": flops, "tokens": tokens, "both": both}
+    asked: dict[str, Any] = {name[2:]: value for name, value in ways.items()} | {"both": both}
+    asked |= {"method": method, "first": first} | _said(entrance)
     foveate.reducer(method)
-    with _job("psigmoid", {**asked, "method": method, "first": first}, **shared) as job:
-        probe = job.probe(method, memory)
-        shape = probe.runner.shape
-        if budget:
-            limits = budgets.share(budget, shape, probe.lengths)
-        elif flops:
-            limits = budgets.flops(_number(flops), shape, probe.lengths)
+    entering = _entering(entrance)
+    milliseconds = _milliseconds(ttft) if ttft else None
+    with _job("psigmoid", asked, **shared) as job:
+        probe = job.probe(entering, method, memory)
+        if job.serves(probe):
+            return
+        prompt = job.calibration.prompt() if milliseconds else None
+
+        def largest(within: Budget) -> Recipe:
+            curve = PSigmoid(probe, within, first).curve(START, 1.0)
+            return probe.runner.recipe(curve, probe.method)
+
+        if milliseconds:
+            job.say("timing the layers")
+            limits = clock.budget(milliseconds, probe.runner, prompt, probe.lengths, largest)
         else:
-            limits = budgets.tokens(tokens or 0.0, probe.lengths)
+            limits = _limits(probe, budget, flops, tokens)
         search = PSigmoid(probe, limits, first, None if both else 1.0)
-        probe.decide([1.0] * shape.layers, first)
+        probe.decide([probe.runner.keep] * probe.runner.shape.layers, first)
         if not job.study.trials:
             search.begin(job.study, start)
         run(job.study, search.objective, trials, job.say)
@@ -354,7 +400,11 @@ def psigmoid(
             for t in job.study.trials
         ]
         recipe = probe.runner.recipe(best.user_attrs["alive"], probe.method)
-        job.finish(recipe, probe, tried, **best.params, value=best.value)
+        facts = {**best.params, "value": best.value}
+        if milliseconds:
+            facts["ttft_ms"] = round(clock.first_token(job.model, prompt, recipe), 1)
+            job.say(f"{facts['ttft_ms']} ms to the first token")
+        job.finish(recipe, probe, tried, **facts)
 
 
 @app.command()
@@ -388,6 +438,8 @@ def auto(
     asked = {"budget": budget, "max_drop": allowed, "confidence": _sure(confidence)}
     with _job("auto", asked, ("maximize", "minimize"), **shared) as job:
         search = leaf.Auto(job.model, job.calibration, shares)
+        if job.serves(search):
+            return
         search.begin(job.study)
         run(job.study, search.objective, trials, job.say)
         done = leaf.complete(job.study)
@@ -415,6 +467,49 @@ def _sure(confidence: float) -> float:
     if not 0.5 <= confidence < 1.0:
         raise ValueError(f"--confidence is {confidence}; it is at least 0.5 and below 1.")
     return confidence
+
+
+def _said(entrance: str) -> dict[str, str]:
+    """What a study is asked about ``entrance``: nothing where there is none."""
+    return {"entrance": entrance} if entrance else {}
+
+
+def _entering(text: str) -> Entering:
+    """The method and the ratio of ``--entrance``."""
+    from foveate.recipe import parse
+
+    if not text:
+        return None, 1.0
+    recipe = parse(text)
+    if recipe.entrance is None or recipe.layers is not None or recipe.schedule.adaptive:
+        raise ValueError(
+            f"--entrance is {text!r}; give a method that acts before the language model and how "
+            "much it keeps, such as prumerge+:keep=0.5."
+        )
+    return recipe.entrance, recipe.schedule.resolve(1).alive[0]
+
+
+def _limits(probe: Probe, share: float | None, flops: str, tokens: float | None) -> Budget:
+    from foveate.search import budget
+
+    shape = probe.runner.shape
+    if share:
+        return budget.share(share, shape, probe.lengths)
+    if flops:
+        return budget.flops(_number(flops), shape, probe.lengths)
+    return budget.tokens(tokens or 0.0, probe.lengths)
+
+
+def _milliseconds(text: str) -> float:
+    """``120ms``, ``0.12s`` or ``120`` to 120.0."""
+    seconds = text.endswith("s") and not text.endswith("ms")
+    try:
+        found = float(text.removesuffix("ms").removesuffix("s")) * (1000 if seconds else 1)
+    except ValueError:
+        found = 0.0
+    if found <= 0:
+        raise ValueError(f"--ttft is {text!r}; give a time such as 120ms or 0.12s.")
+    return found
 
 
 def _number(text: str) -> float:

@@ -74,8 +74,11 @@ class Auto:
             self.dense += values
             self._asked.append(asked)
             lengths += state.lengths
-        self.shape, self.lengths = runner.shape, lengths
-        self.flops = self.dense_flops = runner.flops
+        shards = self.calibration.shards
+        self.shape, self.lengths = runner.shape, shards.joined(lengths)
+        self.dense = shards.joined(self.dense)
+        self.flops: int = sum(shards.gather(runner.flops))
+        self.dense_flops = self.flops
         self.runs = 0
 
     @property
@@ -175,15 +178,17 @@ class Auto:
     @torch.no_grad()
     def values(self, recipe: Recipe) -> list[float]:
         """The value of each example under a recipe."""
-        alive = recipe.schedule.alive
-        runner, found = Runner(self.model, recipe.entrance, alive[0]), []
+        shards = self.calibration.shards
+        shards.tell("values", recipe)
+        runner = Runner(self.model, recipe.entrance, recipe.schedule.alive[0])
+        found: list[float] = []
         for asked in self._asked:
             end = runner.run(runner.start(asked.batch), recipe)
             logits = runner.logits(end.hidden, asked.batch)
             found += self.calibration.values(logits, asked)
-        self.flops += runner.flops
+        self.flops += sum(shards.gather(runner.flops))
         self.runs += 1
-        return found
+        return shards.joined(found)
 
     def apart(self, trial: optuna.trial.FrozenTrial) -> list[float]:
         """A trial's values less those of the untouched model, example by example."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from foveate.answer import prompts, tails
 from foveate.search.prefix import Batch
+from foveate.search.shards import Shards
 from foveate.tasks import Example, Task
 
 KINDS = ("score", "match", "kl")
@@ -56,36 +57,51 @@ class Calibration:
         tasks: all their examples are asked.
         kind: one of ``KINDS``.
         batch_size: examples at once; each choice is a row of its own.
+        shards: the processes that share the examples.
     """
 
     def __init__(
-        self, model: Any, processor: Any, tasks: Sequence[Task], kind: str, batch_size: int
+        self,
+        model: Any,
+        processor: Any,
+        tasks: Sequence[Task],
+        kind: str,
+        batch_size: int,
+        shards: Shards | None = None,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"There is no objective {kind!r}; take one of {', '.join(KINDS)}.")
         self.model, self.processor, self.kind = model, processor, kind
         self._tasks, self._size = tasks, batch_size
+        self.shards = shards or Shards()
         count = sum(len(task) for task in tasks)
-        if count < 2:
-            raise ValueError(f"{count} examples are too few to search with; raise --limit.")
-        self._hash = hashlib.sha256(kind.encode())
+        if min(len(tasks[0]), count - 1) < self.shards.world:
+            raise ValueError(
+                f"{count} examples are too few to search with in {self.shards.world} processes; "
+                "raise --limit."
+            )
+        self._digests: list[str] = []
 
     def __iter__(self) -> Iterator[Asked]:
-        """The batches, made anew each time."""
-        self._hash = hashlib.sha256(self.kind.encode())
+        """The batches of this process, made anew each time."""
+        self._digests = []
         for task in self._tasks:
-            for start in range(0, len(task), self._size):
-                span = range(start, min(start + self._size, len(task)))
-                examples = [task.example(i) for i in span]
-                for example in examples:
-                    self._hash.update(f"{example.question}\0{example.answer}\0".encode())
-                    self._hash.update(example.image.tobytes())
+            mine = self.shards.part(len(task))
+            for start in range(0, len(mine), self._size):
+                examples = [task.example(i) for i in mine[start : start + self._size]]
+                self._digests += map(_digest, examples)
                 yield self._asked(examples)
+        self._digests = self.shards.joined(self._digests)
 
     @property
     def fingerprint(self) -> str:
-        """Of questions, answers and pixels, once all batches were made."""
-        return self._hash.hexdigest()[:16]
+        """Of questions, answers and pixels in any order, once all batches were made."""
+        known = "".join([self.kind, *sorted(self._digests)])
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+    def prompt(self) -> Any:
+        """Arguments of the model's forward for one prompt, the first."""
+        return prompts(self.model, self.processor, [self._tasks[0].example(0)])
 
     def _asked(self, examples: Sequence[Example]) -> Asked:
         if self.kind == "score":
@@ -131,6 +147,12 @@ class Calibration:
             return [_chosen(asked, each, n) for n in range(asked.size)]
         said = (logits.argmax(-1) == target) | ~real
         return [float(v) for v in said.all(-1)]
+
+
+def _digest(example: Example) -> str:
+    found = hashlib.sha256(f"{example.question}\0{example.answer}\0".encode())
+    found.update(example.image.tobytes())
+    return found.hexdigest()
 
 
 def followed(inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Batch:

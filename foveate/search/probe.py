@@ -17,9 +17,11 @@ class Probe:
 
     Attributes:
         layer: the layer in question; what lies below is decided and not run again.
-        dense: the untouched model's value of each example.
+        dense: the untouched model's value of each example, of all processes.
         runs: probes so far.
         lengths: of each prompt, text and vision rows.
+        forwards: everything run so far, in forwards of the untouched model over the calibration
+            set.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Probe:
         self.runner, self.calibration, self.method = runner, calibration, method
         self._folder, self._memory = folder, memory
         self.layer, self.runs = 0, 0
+        self.forwards = 1.0
         self.dense: list[float] = []
         self.lengths: list[tuple[int, int]] = []
         self._asked: list[Asked] = []
@@ -52,21 +55,22 @@ class Probe:
             self._asked.append(replace(asked, batch=replace(asked.batch, inputs={})))
             self._shelf.put(state if runner.entrance is None else runner.start(made.batch))
             self.lengths += state.lengths
-        self.dense_flops = plain.flops
-
-    @property
-    def forwards(self) -> float:
-        """Everything run so far, in forwards of the untouched model over the calibration set."""
-        return 1.0 + self.runner.flops / self.dense_flops
+        shards = calibration.shards
+        self.dense, self.lengths = shards.joined(self.dense), shards.joined(self.lengths)
+        self._dense_flops = sum(shards.gather(plain.flops))
 
     def values(self, alive: Sequence[float]) -> list[float]:
         """The value of each example under a schedule that begins as decided."""
-        recipe, found = self.runner.recipe(alive, self.method), []
+        shards = self.calibration.shards
+        shards.tell("values", alive)
+        recipe = self.runner.recipe(alive, self.method)
+        found: list[float] = []
         for state, asked in zip(self._shelf, self._asked, strict=True):
             logits = self.runner.logits(self.runner.run(state, recipe).hidden, asked.batch)
             found += self.calibration.values(logits, asked)
         self.runs += 1
-        return found
+        self._count()
+        return shards.joined(found)
 
     def decide(self, alive: Sequence[float], layer: int) -> None:
         """Go to just before ``layer``; the schedule below it is ``alive``'s."""
@@ -74,11 +78,17 @@ class Probe:
         recipe = self.runner.recipe([*alive[:layer], *rest], self.method)
         if layer == self.layer:
             return
+        self.calibration.shards.tell("decide", alive, layer)
         further = self._new_shelf(layer)
         for state in self._shelf:
             further.put(self.runner.run(state, recipe, layer))
         shutil.rmtree(self._shelf.folder)
         self._shelf, self.layer = further, layer
+        self._count()
+
+    def _count(self) -> None:
+        every = self.calibration.shards.gather(self.runner.flops)
+        self.forwards = 1.0 + sum(every) / self._dense_flops
 
     def _new_shelf(self, layer: int) -> Shelf:
         folder = self._folder / str(layer)

@@ -53,7 +53,8 @@ def opened(
     if before is None:
         study.set_user_attr("asked", now)
     elif before != now:
-        other = {k: (before.get(k), v) for k, v in now.items() if before.get(k) != v}
+        both = {k: (before.get(k), now.get(k)) for k in before | now}
+        other = {k: values for k, values in both.items() if values[0] != values[1]}
         raise ValueError(
             f"{storage} holds a search that was asked something else; (there, now) differ in "
             f"{other}. Name another --storage or -o, or delete it to begin anew."
