@@ -195,6 +195,12 @@ def second_dies_once(command: list[str]) -> None:
     works(*command)
 
 
+def test_one_task_is_searched_on_train_and_measured_on_validation(search: list[str]) -> None:
+    where = ["--model", "tiny", "--limit", "2", "--check-limit", "2", "-o", "r.json"]
+    works("search", "psigmoid", "--task", "easyvqa", *where, "--tokens", "18", "--trials", "1")
+    assert [row["task"] for row in wrote("r.search.json")["rows"]] == ["easyvqa"] * 2
+
+
 def test_an_entrance_before_the_search(search: list[str]) -> None:
     works(
         "search",
