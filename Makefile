@@ -2,7 +2,7 @@
 #   make demo     the main job on the embedded model: a table and a picture
 #   make test     the tests (CPU, offline after the install); `make heavy` adds those with real weights
 #   make lmms     the tests of the lmms-eval model, in an environment of its own: .venv-lmms
-#   make matrix   foveate/matrix.json, as the contract tests find it
+#   make matrix   every method on every family by the contract tests; writes foveate/matrix.json
 #   make check    lint, format, types; changes nothing     make fix    what can be fixed by itself
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -24,7 +24,7 @@ lmms: .venv-lmms/ready
 	.venv-lmms/bin/python -m pytest tests/test_lmms.py
 
 matrix: .venv/dev
-	$(BIN)/python -m pytest --write-matrix tests/test_contract.py
+	$(BIN)/python -m pytest -n 2 -m "" --write-matrix tests/test_contract.py
 
 check: .venv/dev
 	$(BIN)/ruff check .

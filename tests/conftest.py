@@ -18,6 +18,8 @@ import foveate
 from foveate import loading
 
 MATRIX = Path(foveate.__file__).parent / "matrix.json"
+FAMILIES = ("llava", "llava-onevision", "internvl", "qwen2.5-vl")
+METHODS = ("prumerge+", "aim-merge", "attention", "downsample")
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +76,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Matrix(), "foveate-matrix")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All methods on some families, some methods on all; ``make matrix`` runs every cell."""
+    for item in items:
+        cell = cell_of(item)
+        if cell and cell[0] not in FAMILIES and cell[1] not in METHODS:
+            item.add_marker("cell")
+
+
+def cell_of(item: pytest.Item) -> tuple[str, str] | None:
+    """(family, method) of a contract test."""
+    called = getattr(item, "callspec", None)
+    given = called.params if called else {}
+    known = "test_contract" in item.nodeid and "method" in given and "family" in given
+    return (given["family"], given["method"]) if known else None
+
+
 class Matrix:
     """Collects the contract's outcomes: a cell works when every test of it passed."""
 
@@ -83,17 +102,23 @@ class Matrix:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
         report = yield
-        called = getattr(item, "callspec", None)
-        if "test_contract" in item.nodeid and called and "method" in called.params:
-            cell = self.cells.setdefault((called.params["family"], called.params["method"]), set())
-            if report.failed:
-                cell.add(f"fails {item.name.split('[')[0]}")
-            elif report.skipped and "works here" not in str(report.longrepr):
-                cell.add(str(report.longrepr[2]).removeprefix("Skipped: "))
+        report.user_properties += [("cell", cell) for cell in [cell_of(item)] if cell]
         return report
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Here, with ``-n``, the reports of all workers arrive."""
+        for _, (family, method) in (p for p in report.user_properties if p[0] == "cell"):
+            cell = self.cells.setdefault((family, method), set())
+            if report.failed:
+                cell.add(f"fails {report.nodeid.split('::')[1].split('[')[0]}")
+            elif report.skipped:
+                cell.add(str(report.longrepr[2]).removeprefix("Skipped: "))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         from foveate.adapter import family
+
+        if hasattr(session.config, "workerinput"):
+            return
 
         rows = []
         for name, tiny_family in tiny.FAMILIES.items():
