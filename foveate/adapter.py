@@ -56,17 +56,21 @@ class Adapter(ABC):
 
     Class flags:
         family: the name people use.
-        model_types: the ``config.model_type`` values it serves.
+        model_types: the ``config.model_type`` values it serves; ``a+b`` is type a with a vision
+            encoder of type b, and goes before a.
         positions: ``compact`` when the LLM numbers the shorter prompt anew (1-D RoPE), ``keep``
             when survivors keep the place they had (M-RoPE).
         aligned: whether the projector's input rows are exactly the LLM's vision tokens, so that
             methods of site ``features`` act there; elsewhere they act on projected tokens.
+        deepstack: whether the text model adds vision features to vision rows after its first
+            layers (arguments ``visual_pos_masks`` and ``deepstack_visual_embeds``).
     """
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[str] = "compact"
     aligned: ClassVar[bool] = True
+    deepstack: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,6 +111,17 @@ class Adapter(ABC):
         sides = [math.isqrt(size) for size in sizes]
         return [(s, s) if s * s == n else None for s, n in zip(sides, sizes, strict=True)]
 
+    def blocks(self, call: Mapping[str, Any]) -> Tensor | None:
+        """Rows that see each other whatever their order: ``(B, rows)``, -1 where a row is causal.
+
+        Args:
+            call: the arguments of the model's forward.
+
+        Returns:
+            The number of each row's block, or None where the language model is causal throughout.
+        """
+        return None
+
     @abstractmethod
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
@@ -143,6 +158,9 @@ def family(model: nn.Module) -> Adapter:
     known = families()
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
+    encoder = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if f"{model_type}+{encoder}" in known:
+        return known[f"{model_type}+{encoder}"]()
     if model_type not in known:
         raise ValueError(
             f"foveate does not know the model type {model_type!r}. Known: {', '.join(known)}. "

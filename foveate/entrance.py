@@ -126,6 +126,8 @@ class Entrance:
         self._undo.append(lambda: delattr(base, name))
 
     def _encode(self, modality: str, original: Callable[..., Any], call: dict[str, Any]) -> Any:
+        if self._state.get() is not None:  # video features that are made by the call for images
+            return original(**call)
         self._report.begin()
         state = _Encoding(modality, call)
         token = self._state.set(state)
@@ -223,11 +225,18 @@ class Entrance:
                 x, rest = rest.split([new[0] * new[1], len(rest) - new[0] * new[1]])
                 part.append(_Survivors(old[0] * old[1], nearest(old, new).to(item.device), x))
             parts.append(part)
+        if (deepstack := getattr(outputs, "deepstack_features", None)) is not None:
+            outputs.deepstack_features = [_spread(items, parts) for items in deepstack]
         return outputs, parts
 
     def _collected(self, modality: str, features: Any, parts: list[list[_Survivors]]) -> Any:
         """The feature result in the form in which it came."""
-        items = [torch.cat([group.written() for group in part]) for part in parts]
+        items = [
+            torch.cat([group.written() for group in part]) if part else feature
+            for part, feature in zip(
+                parts, features, strict=True
+            )  # a sample without images: no part
+        ]
         sizes = [(sum(g.size for g in part), sum(len(g.slots) for g in part)) for part in parts]
         self._encoded(modality, sizes)
         if isinstance(features, list | tuple):
@@ -237,6 +246,16 @@ class Entrance:
         stacked = torch.stack(items)
         self._kept[stacked] = sizes
         return stacked
+
+
+def _spread(items: Sequence[Tensor], parts: list[list[_Survivors]]) -> list[Tensor]:
+    """Further features of the survivors, in their slots; zero in the others."""
+    spread = []
+    for item, part in zip(items, parts, strict=True):
+        xs = item.split([len(group.slots) for group in part])
+        written = [replace(g, x=x).written() for g, x in zip(part, xs, strict=True)]
+        spread.append(torch.cat(written).nan_to_num(0.0))
+    return spread
 
 
 def _stacked(

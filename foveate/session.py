@@ -26,6 +26,7 @@ from foveate.prompt import (
     Pass,
     Request,
     causal_mask,
+    deepstacked,
     joined,
     request_of,
     segment,
@@ -110,6 +111,8 @@ class _Frame:
     kept: dict[str, list[tuple[int, int]] | None] = field(default_factory=dict)
     rows: Pass | None = None
     masks: list[Any] | None = None
+    mask: Any = None
+    blocks: Tensor | None = None
 
 
 class Session:
@@ -166,6 +169,9 @@ class Session:
             for index, layer in enumerate(layers[cut:], start=cut):
                 before = partial(self._before_layer, index)
                 self._hook(layer.register_forward_pre_hook(before, with_kwargs=True))
+        if self.adapter.deepstack and self._reducing:
+            for index, layer in enumerate(layers):
+                self._hook(layer.register_forward_hook(partial(self._after_layer, index)))
         self._refuse_chunks()
         self._cut_labels()
 
@@ -211,15 +217,17 @@ class Session:
                 "model.gradient_checkpointing_disable(), or reduce at the entrance only."
             )
 
-    def _refuse_windows(self, rows: int) -> None:
+    def _refuse_windows(self, past: Any, rows: int) -> None:
         config = cast(Any, self.text.config)
         window = getattr(config, "sliding_window", None)
-        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-        if sliding and window is not None and window < rows:
+        types = getattr(config, "layer_types", None)  # without them every layer has the window
+        if window is None or (types is not None and "sliding_attention" not in types):
+            return
+        if window < int(past) + rows:
             raise ValueError(
-                f"This model has sliding-window layers of {window} rows and the prompt has {rows}; "
-                "after a cut a window would mean other rows. Use a shorter prompt or a recipe with "
-                "entrance methods only on a prompt within the window."
+                f"This model has sliding-window layers of {window} rows, and prompt and answer "
+                f"have {int(past) + rows}; with rows left out a window would mean other rows. Use "
+                "a shorter prompt or answer, or run the model without a recipe."
             )
 
     # One forward of the multimodal model
@@ -237,6 +245,7 @@ class Session:
         frame = _Frame()
         self._frame.set(frame)
         outputs = kwargs.get("mm_encoder_outputs") or {}
+        frame.mask = kwargs.get("attention_mask")
         given = [m for m, name in _INPUTS.items() if kwargs.get(name) is not None or outputs.get(m)]
         if not given:
             return
@@ -246,14 +255,16 @@ class Session:
                 "inputs_embeds were given without input_ids, and foveate cannot tell which of "
                 "their rows are vision tokens. Pass input_ids and pixel_values."
             )
-        self._read(frame, ids, kwargs)
+        self._read(frame, ids, given, kwargs)
+        frame.blocks = self.adapter.blocks(kwargs)
         for modality in given:
             if self._entrance is not None and outputs.get(modality):
                 frame.kept[modality] = self._entrance.kept(outputs[modality].pooler_output)
 
-    def _read(self, frame: _Frame, ids: Tensor, kwargs: dict[str, Any]) -> None:
+    def _read(self, frame: _Frame, ids: Tensor, given: list[str], kwargs: dict[str, Any]) -> None:
         """Which rows are vision and which padding, on the host: the one copy from the device."""
-        where = {m: ids == number for m, number in self.adapter.placeholders(self.model).items()}
+        numbers = self.adapter.placeholders(self.model)
+        where = {modality: ids == numbers[modality] for modality in given}
         past = int(self._past(kwargs.get("past_key_values"))[0])
         valid = two_d(kwargs.get("attention_mask"), ids.shape[1], past)
         rows = [torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, *where.values()]
@@ -309,16 +320,27 @@ class Session:
         """New rows with vision tokens among them."""
         cache = kwargs.get("past_key_values")
         past = self._past(cache)
-        old_masks = self._old_masks(old, past, kwargs)
+        old_masks = self._old_masks(old, past, frame.mask)
         self.report.begin()
         rows = Pass.begin(
-            self.recipe, self.report, self.text.config, cache, flags, past, old, old_masks, kwargs
+            self.recipe,
+            self.report,
+            self.text.config,
+            cache,
+            flags,
+            past,
+            old,
+            old_masks,
+            kwargs,
+            frame.blocks,
         )
         if not self._reducing:
             rows.record(self.shape.layers)
             return kwargs
         frame.rows = rows
-        self._refuse_windows(rows.rows)
+        self._refuse_windows(past[0], rows.rows)
+        if self.adapter.deepstack:
+            kwargs, rows.deepstack = deepstacked(kwargs)
         if self.recipe.schedule.cuts():
             self._refuse_old_checkpointing()
         stay, alive = rows.text | rows.vision, rows.alive
@@ -348,9 +370,10 @@ class Session:
         embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
         batch, rows = embeds.shape[:2]
         new = None
-        if rows > 1 and (valid := two_d(kwargs.get("attention_mask"), rows, 0)) is not None:
+        if rows > 1 and (valid := two_d(frame.mask, rows, 0)) is not None:
             new = None if bool(valid.all()) else valid.to(embeds.device)
         past = self._past(cache)
+        self._refuse_windows(past[0], rows)
         old.masks = [
             joined(mask, new, length, rows, batch, embeds.device)
             for mask, length in zip(old.masks, past, strict=True)
@@ -368,13 +391,10 @@ class Session:
         held = len(cache.layers) if cache is not None else 0
         return [cache.layers[s].get_seq_length() if s < held else 0 for s in starts]
 
-    def _old_masks(
-        self, old: Request | None, past: list[Any], kwargs: dict[str, Any]
-    ) -> list[Tensor | None]:
-        """Key masks of the rows in the cache, per segment."""
+    def _old_masks(self, old: Request | None, past: list[Any], mask: Any) -> list[Tensor | None]:
+        """Key masks of the rows in the cache, per segment; ``mask`` is the caller's."""
         if old is not None:
             return old.masks
-        mask = kwargs.get("attention_mask")
         plain = isinstance(mask, Tensor) and mask.ndim == 2 and int(past[0])
         return [mask[:, : int(past[0])].bool() if plain else None for _ in past]  # type: ignore[index]
 
@@ -390,9 +410,12 @@ class Session:
         if rows is None:
             return None
         if index in self.recipe.schedule.cuts():
-            rows.segment.setdefault("position_embeddings", kwargs["position_embeddings"])
             args = (rows.cut(args[0], index), *args[1:])
-        return args, {**kwargs, **rows.segment}
+        return args, rows.given(kwargs)
+
+    def _after_layer(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Any:
+        frame = self._frame.get()
+        return output if frame is None or frame.rows is None else frame.rows.stacked(output, index)
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> None:
         frame = self._frame.get()

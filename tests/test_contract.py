@@ -41,9 +41,10 @@ def works(method: str, family: str) -> None:
 
 
 def tokens(family: str, method: str, n: int) -> int:
-    """Vision tokens that ``n`` images keep: floor per image at the entrance, per sample inside."""
-    size, site = tiny.FAMILIES[family].image_tokens, discover()[method].site
-    return n * int(size * KEEP + 1e-6) if site != "layers" else int(n * size * KEEP + 1e-6)
+    """Vision tokens that ``n`` images keep: floor per group at the entrance, per sample inside."""
+    groups = [size for p in tiny.FAMILIES[family].pictures(n) for size in p.groups]
+    groups = [sum(groups)] if discover()[method].site == "layers" else groups
+    return sum(int(size * KEEP + 1e-6) for size in groups)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,8 +149,8 @@ def test_next_turn_on_a_reduced_cache(models, method: str, family: str) -> None:
         "input_ids": torch.cat([inputs["input_ids"], turn], 1),
         "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(turn)], 1),
     }
-    if "mm_token_type_ids" in inputs:
-        longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], turn.int() * 0], 1)
+    for name in tiny.FAMILIES[family].marks(turn):
+        longer[name] = torch.cat([inputs[name], turn.to(inputs[name].dtype) * 0], 1)
     with foveate.reduced(model, recipe_of(method)) as report:
         first = model.generate(
             **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
@@ -163,15 +164,15 @@ def test_next_turn_on_a_reduced_cache(models, method: str, family: str) -> None:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        entered = oracle.reduced_run_entered(model, inputs)
+        entered = oracle.entered_again(model, inputs)
     given = torch.cat([turn, second.sequences[:, longer["input_ids"].shape[1] :]], 1)
-    run = oracle.Run(first.sequences[:, :0], given, slots, entered, cache)
+    run = oracle.Run(first.sequences[:, :0], given, slots, cache=cache, **entered)
     expected = oracle.masked_logits(model, inputs, run)[:, turn.shape[1] :]
     assert (torch.stack(second.logits, 1) - expected).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", [m for m in METHODS if (m, "llava-onevision") in REFUSED])
+@pytest.mark.parametrize("method", sorted({method for method, _ in REFUSED}))
 def test_refusals_say_why(models, method: str, family: str) -> None:
     if (method, family) not in REFUSED:
         pytest.skip("works here")

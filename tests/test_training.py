@@ -35,7 +35,7 @@ def right_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same batch with its padding at the end."""
     shift = (inputs["attention_mask"] == 0).sum(-1).tolist()
     rolled = {**inputs}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs:
             rows = zip(inputs[name], shift, strict=True)
             rolled[name] = torch.stack([row.roll(-n) for row, n in rows])

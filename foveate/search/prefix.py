@@ -198,15 +198,16 @@ class Runner:
             masks=[],
             seen={state.layer - 1: state.seen} if state.seen else {},
             segment=dict(state.rows.segment),
+            tables={},
         )
         hidden = state.hidden
         with self._watching(recipe, range(state.layer, stop), rows.seen):
             for index in range(state.layer, stop):
                 given = state.given[index]
                 if index in cuts:
-                    rows.segment.setdefault("position_embeddings", given["position_embeddings"])
                     hidden = rows.cut(hidden, index)
-                hidden = _first(self.layers[index](hidden, **{**given, **rows.segment}))
+                hidden = _first(self.layers[index](hidden, **rows.given(given)))
+                hidden = rows.stacked(hidden, index)
                 self.flops += sum(self.shape.layer_flops(n) for n in rows.lengths)
         seen = rows.seen.pop(stop - 1, None)
         rows.report = Report(self.shape)  # what a report remembers of rows cannot go into a file
