@@ -85,6 +85,10 @@ class Adapter(ABC):
         """The text model: it has ``layers``."""
         return cast(nn.Module, self.base(model).language_model)
 
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """Logits of the text model's last hidden states."""
+        return cast(Tensor, cast(Any, model).get_output_embeddings()(hidden))
+
     def vision_attention(self, model: nn.Module) -> nn.Module:
         """The attention module of the vision encoder's last layer."""
         return last_attention(cast(nn.Module, self.base(model).vision_tower))
@@ -144,8 +148,8 @@ class Adapter(ABC):
             count: tokens of a group to its budget.
         """
         raise NotImplementedError(
-            f"downsample cannot work on {self.family}: its packing of tiles is tied to the input "
-            "size. Use pool, which averages the tokens instead."
+            f"downsample cannot work on {self.family}: its token grid is tied to the input size. "
+            "Use pool, which averages the tokens instead."
         )
 
 

@@ -83,7 +83,13 @@ def masked_logits(model: Any, inputs: dict[str, Any], run: Run) -> Tensor:
     with spying(family(model).text(model), dense):
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
     hidden = _masked(model, dense, dense["position_ids"], run)
-    return model.lm_head(hidden[:, dense["inputs_embeds"].shape[1] - 1 :])
+    return _head(model, hidden[:, dense["inputs_embeds"].shape[1] - 1 :])
+
+
+def _head(model: Any, hidden: Tensor) -> Tensor:
+    logits = model.lm_head(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def masked_loss(model: Any, inputs: dict[str, Any], labels: Tensor, run: Run) -> Tensor:
@@ -94,7 +100,7 @@ def masked_loss(model: Any, inputs: dict[str, Any], labels: Tensor, run: Run) ->
     embeds, positions = dense["inputs_embeds"], dense["position_ids"]
     if positions is None:
         positions = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
-    logits = model.lm_head(_masked(model, dense, positions, run))
+    logits = _head(model, _masked(model, dense, positions, run))
     total = logits.new_zeros(())
     for b, alive in enumerate(run.slots[-1]):
         for row, following in itertools.pairwise(alive.tolist()):

@@ -19,7 +19,10 @@ METHODS = sorted(discover())
 FAMILIES = sorted(tiny.FAMILIES)
 KEEP = 0.4
 # What cannot work, and the reason that the refusal must give.
-REFUSED = {("downsample", "llava-onevision"): "downsample cannot work on LLaVA-OneVision"}
+REFUSED = {
+    ("downsample", "llava-onevision"): "downsample cannot work on LLaVA-OneVision",
+    ("downsample", "gemma-3"): "downsample cannot work on Gemma 3",
+}
 TOLERANCE = 2e-6
 
 

@@ -234,8 +234,7 @@ class Runner:
         """(B, A, V) what is predicted where the answers stand."""
         answers = batch.answer.shape[1]
         rows = cast(nn.Module, self.text.norm)(hidden[:, -answers - 1 : -1])
-        head = cast(Any, self.model).get_output_embeddings()
-        return cast(Tensor, head(rows)).float()
+        return family(self.model).head(self.model, rows).float()
 
 
 def _first(output: Any) -> Tensor:
