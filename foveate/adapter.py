@@ -64,6 +64,7 @@ class Adapter(ABC):
             methods of site ``features`` act there; elsewhere they act on projected tokens.
         deepstack: whether the text model adds vision features to vision rows after its first
             layers (arguments ``visual_pos_masks`` and ``deepstack_visual_embeds``).
+        guessed: whether this stands in for a model type that has no adapter of its own.
     """
 
     family: ClassVar[str]
@@ -71,6 +72,7 @@ class Adapter(ABC):
     positions: ClassVar[str] = "compact"
     aligned: ClassVar[bool] = True
     deepstack: ClassVar[bool] = False
+    guessed: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -154,10 +156,10 @@ class Adapter(ABC):
 
 
 def family(model: nn.Module) -> Adapter:
-    """The adapter of a model.
+    """The adapter of a model; the generic one for an unknown type whose parts are recognised.
 
     Raises:
-        ValueError: for a model type that none serves, with those that are.
+        ValueError: for another model type that none serves, with those that are.
     """
     known = families()
     config = getattr(model, "config", None)
@@ -165,12 +167,15 @@ def family(model: nn.Module) -> Adapter:
     encoder = getattr(getattr(config, "vision_config", None), "model_type", None)
     if f"{model_type}+{encoder}" in known:
         return known[f"{model_type}+{encoder}"]()
-    if model_type not in known:
+    if model_type in known:
+        return known[model_type]()
+    generic = importlib.import_module("foveate.adapters.generic").recognised(model)
+    if generic is None:
         raise ValueError(
             f"foveate does not know the model type {model_type!r}. Known: {', '.join(known)}. "
             "Run `foveate models` for what works with what."
         )
-    return known[model_type]()
+    return cast(Adapter, generic)
 
 
 def families() -> Mapping[str, type[Adapter]]:

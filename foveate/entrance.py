@@ -192,11 +192,11 @@ class Entrance:
             return [_Survivors(size, whole, x) for x in tokens.x]
         made = self._method.reduce(tokens, None if self._schedule.adaptive else [budget] * groups)
         x = take(tokens.x, made.keep) if made.x is None else made.x
-        if (
-            self._adapter.positions == "keep"
-        ):  # the place is in the position ids: rows in raster order
-            x = take(x, made.keep.argsort(dim=-1)) if not self._schedule.adaptive else x
         counts = made.count.tolist() if self._schedule.adaptive else [budget] * groups
+        if self._adapter.positions == "keep":  # the place is in the position ids: raster order
+            rank = torch.arange(made.keep.shape[1], device=x.device)
+            over = rank >= torch.tensor(counts).to(x.device, non_blocking=True)[:, None]
+            x = take(x, made.keep.masked_fill(over, size).argsort(dim=-1, stable=True))
         self._report.groups.extend(_groups_of(made, size))
         return [
             _Survivors(size, keep[:n].sort().values, row[:n])

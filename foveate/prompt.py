@@ -539,10 +539,10 @@ def deepstacked(kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
         Them, and what is to be added after layer 0, 1, …: ``(B, rows, D)``, zero in text rows. So
         it can be cut as the rows are, at whatever boundary.
     """
-    where, stack = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds") or ()
     like: Tensor = kwargs["inputs_embeds"]
     full = [
-        torch.zeros_like(like).masked_scatter(where[..., None], part.to(like)) for part in stack
+        torch.zeros_like(like).masked_scatter(kwargs["visual_pos_masks"][..., None], part.to(like))
+        for part in kwargs.get("deepstack_visual_embeds") or ()
     ]
     return {**kwargs, "visual_pos_masks": None, "deepstack_visual_embeds": None}, full
 
@@ -557,6 +557,11 @@ def shifted(
         rows, start = kwargs["inputs_embeds"].shape[1], kwargs["past_key_values"].get_seq_length()
         positions = (torch.arange(rows, device=old.shift.device) + start)[None]
     return positions - old.shift
+
+
+def ready_made(mask: Any) -> bool:
+    """Whether a mask says who sees whom, instead of which rows are padding."""
+    return isinstance(mask, dict) or getattr(mask, "ndim", 2) == 4
 
 
 def two_d(mask: Any, rows: int, past: int) -> Tensor | None:

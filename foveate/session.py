@@ -6,6 +6,8 @@ gone after :func:`detach` or the end of the ``with`` block, also after an error.
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +30,7 @@ from foveate.prompt import (
     causal_mask,
     deepstacked,
     joined,
+    ready_made,
     request_of,
     segment,
     shifted,
@@ -38,6 +41,10 @@ from foveate.report import Report
 from foveate.watch import Watch
 
 _INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_TEXT_INPUTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"),
+    *("use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"),
+}
 
 
 @contextmanager
@@ -131,6 +138,13 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._entrance: Entrance | None = None
         self._reducing = bool(self.recipe.schedule.cuts())
+        self._guess = ""
+        if self.adapter.guessed:
+            self._guess = (
+                f"foveate has no adapter for the model type {config.model_type!r}; its parts were "
+                "recognised, and what cannot be known of it is refused."
+            )
+            logging.getLogger(__name__).warning(self._guess)
         try:
             self._open()
         except BaseException:
@@ -228,6 +242,19 @@ class Session:
                 f"This model has sliding-window layers of {window} rows, and prompt and answer "
                 f"have {int(past) + rows}; with rows left out a window would mean other rows. Use "
                 "a shorter prompt or answer, or run the model without a recipe."
+            )
+
+    def _refuse_unknown(self, frame: _Frame, kwargs: dict[str, Any]) -> None:
+        """What a model without an adapter does besides masks and positions cannot be cut alike."""
+        parameters = set(inspect.signature(self.text.forward).parameters) - {"args", "kwargs"}
+        more = [n for n in parameters - _TEXT_INPUTS if kwargs.get(n) is not None]
+        if ready_made(kwargs.get("attention_mask")) and not ready_made(frame.mask):
+            more.append("an attention_mask of the model's own making")
+        if more:
+            raise ValueError(
+                f"foveate has no adapter for {cast(Any, self.model.config).model_type!r}, and its "
+                f"text model was given {', '.join(sorted(more))}, which foveate cannot cut. Use a "
+                "model type that `foveate models` lists."
             )
 
     # One forward of the multimodal model
@@ -338,6 +365,9 @@ class Session:
             rows.record(self.shape.layers)
             return kwargs
         frame.rows = rows
+        if self._guess:
+            self.report.notes.append(self._guess)
+            self._refuse_unknown(frame, kwargs)
         self._refuse_windows(past[0], rows.rows)
         if self.adapter.deepstack:
             kwargs, rows.deepstack = deepstacked(kwargs)
@@ -396,7 +426,7 @@ class Session:
         if old is not None:
             return old.masks
         plain = isinstance(mask, Tensor) and mask.ndim == 2 and int(past[0])
-        return [mask[:, : int(past[0])].bool() if plain else None for _ in past]  # type: ignore[index]
+        return [mask[:, : int(past[0])].bool() if plain else None for _ in past]
 
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
