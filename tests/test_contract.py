@@ -22,7 +22,14 @@ KEEP = 0.4
 REFUSED = {
     ("downsample", "llava-onevision"): "downsample cannot work on LLaVA-OneVision",
     ("downsample", "gemma-3"): "downsample cannot work on Gemma 3",
+    ("downsample", "generic"): "downsample cannot work on generic",
+} | {
+    (method, "generic"): "cannot know how patches of its encoder become tokens"
+    for method, kind in discover().items()
+    if kind.needs_attention and kind.site != "layers"
 }
+# Families where methods can read what the encoder attended to.
+OBSERVED = [family for family in FAMILIES if ("prumerge", family) not in REFUSED]
 TOLERANCE = 2e-6
 
 
@@ -134,6 +141,7 @@ def state_of(model: Any) -> list[Any]:
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_text_passes_untouched(models, method: str, family: str) -> None:
+    works(method, family)
     model, inputs = models(family), batch(family, [0, 0])
     dense = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     with foveate.reduced(model, recipe_of(method)):

@@ -272,8 +272,10 @@ def prompt(
 
 
 # Further families; they use what is above.
+import tiny_generic  # noqa: E402
 import tiny_masks  # noqa: E402
 import tiny_rope  # noqa: E402
 
 FAMILIES |= tiny_rope.FAMILIES
 FAMILIES |= tiny_masks.FAMILIES
+FAMILIES |= tiny_generic.FAMILIES
