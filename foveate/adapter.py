@@ -65,6 +65,8 @@ class Adapter(ABC):
         deepstack: whether the text model adds vision features to vision rows after its first
             layers (arguments ``visual_pos_masks`` and ``deepstack_visual_embeds``).
         guessed: whether this stands in for a model type that has no adapter of its own.
+        blind: why nobody can see the encoder's queries and keys, or empty where foveate can.
+        fixed: why smaller input images cannot be encoded; said where :meth:`shrink` is missing.
     """
 
     family: ClassVar[str]
@@ -73,6 +75,8 @@ class Adapter(ABC):
     aligned: ClassVar[bool] = True
     deepstack: ClassVar[bool] = False
     guessed: ClassVar[bool] = False
+    blind: ClassVar[str] = ""
+    fixed: ClassVar[str] = "its token grid is tied to the input size"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -95,6 +99,10 @@ class Adapter(ABC):
         """The attention module of the vision encoder's last layer."""
         return last_attention(cast(nn.Module, self.base(model).vision_tower))
 
+    def vision_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The attention modules to watch: one, or one of each encoder where there are several."""
+        return [self.vision_attention(model)]
+
     def projector(self, model: nn.Module) -> nn.Module:
         """The module whose input are the encoder's features; used where ``aligned``."""
         return cast(nn.Module, self.base(model).multi_modal_projector)
@@ -103,6 +111,10 @@ class Adapter(ABC):
         """The placeholder id of each modality."""
         config = cast(Any, model.config)
         return {"image": config.image_token_id}
+
+    def encoders(self, model: nn.Module) -> Sequence[str]:
+        """The modalities that have a ``get_*_features`` call of their own."""
+        return list(self.placeholders(model))
 
     def groups(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
@@ -150,8 +162,8 @@ class Adapter(ABC):
             count: tokens of a group to its budget.
         """
         raise NotImplementedError(
-            f"downsample cannot work on {self.family}: its token grid is tied to the input size. "
-            "Use pool, which averages the tokens instead."
+            f"downsample cannot work on {self.family}: {self.fixed}. Use pool, which averages the "
+            "tokens instead."
         )
 
 
@@ -221,16 +233,42 @@ def last_attention(tower: nn.Module) -> nn.Module:
     return owners[-1]
 
 
-def whole_images(seen: Sequence[Seen], *, has_cls: bool) -> list[Observed]:
-    """Observations of an encoder that sees one image per batch row, [CLS] first if there is one."""
-    first = int(has_cls)
+def whole_images(
+    seen: Sequence[Seen], *, has_cls: bool, stride: int = 1, ceil: bool = False
+) -> list[Observed]:
+    """Observations of an encoder that sees one image per batch row, [CLS] first if there is one.
+
+    Args:
+        stride: side of the square of patches that becomes one token.
+        ceil: whether squares that stick out of the image count, or are cut off.
+    """
     return [
-        Observed(
-            q, k, torch.arange(first, q.shape[1], device=q.device), 0 if has_cls else None, s.scale
-        )
+        per_token(q, k, s.scale, has_cls=has_cls, stride=stride, ceil=ceil)
         for s in seen
         for q, k in zip(s.q.unbind(0), s.k.unbind(0), strict=True)
     ]
+
+
+def per_token(
+    q: Tensor, k: Tensor, scale: float, *, has_cls: bool, stride: int = 1, ceil: bool = False
+) -> Observed:
+    """One image's q and k ``(H, [CLS] + patches, d)`` at the token grid, as ``whole_images``."""
+    first = int(has_cls)
+    if stride > 1:
+        q, k = (
+            torch.cat([rows[:, :first], _averaged(rows[:, first:], stride, ceil)], dim=1)
+            for rows in (q, k)
+        )
+    at = torch.arange(first, q.shape[1], device=q.device)
+    return Observed(q, k, at, 0 if has_cls else None, scale)
+
+
+def _averaged(rows: Tensor, stride: int, ceil: bool) -> Tensor:
+    """A square raster ``(H, patches, d)`` to the means of its squares ``(H, tokens, d)``."""
+    side = math.isqrt(rows.shape[1])
+    raster = rows.transpose(1, 2).unflatten(2, (side, side))
+    means = nn.functional.avg_pool2d(raster, stride, ceil_mode=ceil, count_include_pad=False)
+    return means.flatten(2).transpose(1, 2)
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -51,7 +51,7 @@ class _Encoding:
     modality: str
     call: dict[str, Any]
     seen: list[Seen] = field(default_factory=list)
-    made: list[_Survivors] = field(default_factory=list)
+    made: list[list[_Survivors]] = field(default_factory=list)
 
 
 class Entrance:
@@ -75,7 +75,7 @@ class Entrance:
         self._kept: MutableMapping[Any, list[tuple[int, int]]] = WeakIdKeyDictionary()
         self._undo: list[Callable[[], None]] = []
         base = adapter.base(model)
-        for modality in adapter.placeholders(model):
+        for modality in adapter.encoders(model):
             self._wrap(base, modality)
         if self._method.site == "features" and adapter.aligned:
             self._before = adapter.projector(model).register_forward_pre_hook(
@@ -149,19 +149,23 @@ class Entrance:
         if state is None:
             return None
         with self._report.clock(args[0].device):
-            state.made = self._groups(state, list(args[0]))
-        return (nn.utils.rnn.pad_sequence([m.x for m in state.made], batch_first=True), *args[1:])
+            state.made = self._split(state, list(args[0]))
+            left = [torch.cat([made.x for made in part]) for part in state.made]
+        return (nn.utils.rnn.pad_sequence(left, batch_first=True), *args[1:])
 
     def _reduced(self, state: _Encoding, items: list[Tensor]) -> list[list[_Survivors]]:
         """The survivors of every item, group by group."""
-        if state.made:  # done before the projector, where an item is a group
-            pairs = zip(state.made, items, strict=True)
-            return [[replace(made, x=item[: len(made.slots)])] for made, item in pairs]
+        if state.made:  # done before the projector
+            return [_projected(part, x) for part, x in zip(state.made, items, strict=True)]
         if self._method.site == "features" and self._adapter.aligned:
             raise ValueError(
                 "The projector that the recipe was attached to is no longer the model's; call "
                 "foveate.detach(model) and foveate.attach(model, recipe) after changing modules."
             )
+        return self._split(state, items)
+
+    def _split(self, state: _Encoding, items: list[Tensor]) -> list[list[_Survivors]]:
+        """Items split into groups, reduced."""
         sizes = self._adapter.groups(state.modality, state.call, [len(item) for item in items])
         split = [x for item, part in zip(items, sizes, strict=True) for x in item.split(part)]
         made = iter(self._groups(state, split))
@@ -256,6 +260,13 @@ def _spread(items: Sequence[Tensor], parts: list[list[_Survivors]]) -> list[Tens
         written = [replace(g, x=x).written() for g, x in zip(part, xs, strict=True)]
         spread.append(torch.cat(written).nan_to_num(0.0))
     return spread
+
+
+def _projected(part: list[_Survivors], x: Tensor) -> list[_Survivors]:
+    """The groups of one item with their vectors from behind the projector, (K and padding, D)."""
+    counts = [len(made.slots) for made in part]
+    rows = x[: sum(counts)].split(counts)
+    return [replace(made, x=own) for made, own in zip(part, rows, strict=True)]
 
 
 def _stacked(

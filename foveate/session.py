@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -166,7 +166,7 @@ class Session:
             )
             self._undo.append(self._entrance.remove)
             if cast(Any, self.recipe.entrance).needs_attention:
-                watched.append((self.adapter.vision_attention(self.model), self._entrance.show))
+                watched += [(module, self._entrance.show) for module in self._eyes()]
         layers = list(cast(nn.ModuleList, text.layers))
         if schedule.cuts() and cast(Any, self.recipe.layers).needs_attention:
             watched += [
@@ -188,6 +188,16 @@ class Session:
                 self._hook(layer.register_forward_hook(partial(self._after_layer, index)))
         self._refuse_chunks()
         self._cut_labels()
+
+    def _eyes(self) -> Sequence[nn.Module]:
+        """The encoder's attention modules."""
+        if self.adapter.blind:
+            raise NotImplementedError(
+                f"{cast(Any, self.recipe.entrance).name} cannot work on {self.adapter.family}: it "
+                f"needs the encoder's attention, and {self.adapter.blind}. Use a method that needs "
+                "none, such as pool or aim-merge-tokens, or one inside the LLM, such as fastv."
+            )
+        return self.adapter.vision_attentions(self.model)
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
@@ -260,8 +270,8 @@ class Session:
     # One forward of the multimodal model
 
     def _encoded(self, modality: str, sizes: list[tuple[int, int]]) -> None:
-        if (frame := self._frame.get()) is not None:
-            frame.kept[modality] = sizes
+        if (frame := self._frame.get()) is not None:  # a second call: only counting tells whose
+            frame.kept[modality] = None if modality in frame.kept else sizes
 
     def _show(self, layer: int, seen: Seen) -> None:
         frame = self._frame.get()
