@@ -233,42 +233,33 @@ def last_attention(tower: nn.Module) -> nn.Module:
     return owners[-1]
 
 
-def whole_images(
-    seen: Sequence[Seen], *, has_cls: bool, stride: int = 1, ceil: bool = False
-) -> list[Observed]:
+def whole_images(seen: Sequence[Seen], *, has_cls: bool, stride: int = 1) -> list[Observed]:
     """Observations of an encoder that sees one image per batch row, [CLS] first if there is one.
 
     Args:
-        stride: side of the square of patches that becomes one token.
-        ceil: whether squares that stick out of the image count, or are cut off.
+        stride: side of the square of patches that becomes one token; what sticks out is cut off.
     """
+    first = int(has_cls)
+
+    def tokens(rows: Tensor) -> Tensor:  # (B, H, [CLS] + patches, d)
+        if stride == 1:
+            return rows
+        return torch.cat([rows[:, :, :first], _averaged(rows[:, :, first:], stride)], dim=2)
+
     return [
-        per_token(q, k, s.scale, has_cls=has_cls, stride=stride, ceil=ceil)
+        Observed(
+            q, k, torch.arange(first, q.shape[1], device=q.device), 0 if has_cls else None, s.scale
+        )
         for s in seen
-        for q, k in zip(s.q.unbind(0), s.k.unbind(0), strict=True)
+        for q, k in zip(tokens(s.q).unbind(0), tokens(s.k).unbind(0), strict=True)
     ]
 
 
-def per_token(
-    q: Tensor, k: Tensor, scale: float, *, has_cls: bool, stride: int = 1, ceil: bool = False
-) -> Observed:
-    """One image's q and k ``(H, [CLS] + patches, d)`` at the token grid, as ``whole_images``."""
-    first = int(has_cls)
-    if stride > 1:
-        q, k = (
-            torch.cat([rows[:, :first], _averaged(rows[:, first:], stride, ceil)], dim=1)
-            for rows in (q, k)
-        )
-    at = torch.arange(first, q.shape[1], device=q.device)
-    return Observed(q, k, at, 0 if has_cls else None, scale)
-
-
-def _averaged(rows: Tensor, stride: int, ceil: bool) -> Tensor:
-    """A square raster ``(H, patches, d)`` to the means of its squares ``(H, tokens, d)``."""
-    side = math.isqrt(rows.shape[1])
-    raster = rows.transpose(1, 2).unflatten(2, (side, side))
-    means = nn.functional.avg_pool2d(raster, stride, ceil_mode=ceil, count_include_pad=False)
-    return means.flatten(2).transpose(1, 2)
+def _averaged(rows: Tensor, stride: int) -> Tensor:
+    """Square rasters ``(B, H, patches, d)`` to the means of their squares ``(B, H, tokens, d)``."""
+    side = math.isqrt(rows.shape[2])
+    squares = rows.unflatten(2, (side, side)).unfold(2, stride, stride).unfold(3, stride, stride)
+    return squares.mean((-2, -1)).flatten(2, 3)
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -90,8 +90,7 @@ def cohere2_vision() -> Any:
 
 
 def ovis2() -> Any:
-    """An odd side, 7 × 7 patches in squares of 2 × 2: the last of each row and column are cut."""
-    vision = _clip("ovis2") | {"hidden_stride": 2, "vocab_size": 40, "image_size": 56}
+    vision = _clip("ovis2") | {"hidden_stride": 2, "vocab_size": 40}
     del vision["model_type"]
     return _model(
         "Ovis2",
@@ -175,7 +174,7 @@ TILES = (
     Family("vip-llava", vipllava, 36, _image(48)),
     Family("aya-vision", aya_vision, *_tiles(48, 9)),
     Family("command-a-vision", cohere2_vision, *_tiles(48, 9)),
-    Family("ovis2", ovis2, *_tiles(56, 16)),
+    Family("ovis2", ovis2, *_tiles(48, 9)),
     Family("perception-lm", perception_lm, lambda _: [9, 9], _plm),
     video("perception-lm (video)", perception_lm, lambda _: [9] * FRAMES),
     Family("fastvlm", fast_vlm, 16, _image(128)),

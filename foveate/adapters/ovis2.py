@@ -2,8 +2,7 @@
 
 Quirks: every tile is a group of its own, as the model is not told which belong to one image. The
 table of the visual vocabulary is linear, so merging behind it is merging before it: methods of site
-``features`` act on its rows. Indicator tokens around the tiles are text. Where the patches of a
-side do not divide by the stride, the last token of a row averages what there is.
+``features`` act on its rows. Indicator tokens around the tiles are text.
 """
 
 from __future__ import annotations
@@ -28,4 +27,4 @@ class Ovis2(Adapter):
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
         stride = cast(Any, model.config).vision_config.hidden_stride
-        return whole_images(seen, has_cls=False, stride=stride, ceil=True)
+        return whole_images(seen, has_cls=False, stride=stride)
