@@ -45,6 +45,7 @@ class Family:
         groups: the tokens of its groups, where it is not one.
         collate: the arguments of a batch from those of each sample's pictures.
         more: pictures besides the ordinary image.
+        turn: the pictures, by name, that n images are in turn.
         mixed: batches of different pictures that the family takes in one call.
     """
 
@@ -57,6 +58,7 @@ class Family:
     groups: Sequence[int] = ()
     collate: Callable[[list[list[dict[str, Any]]]], dict[str, Any]] = concatenated
     more: Mapping[str, Picture] = field(default_factory=dict)
+    turn: Sequence[str] = ("image",)
     mixed: Sequence[Sequence[Sequence[str]]] = ()
 
     def pictures(self, shown: Shown) -> list[Picture]:
@@ -66,7 +68,9 @@ class Family:
             self.groups or [self.image_tokens],
             lambda seed: self.images(1, seed),
         )
-        names = ["image"] * shown if isinstance(shown, int) else shown
+        names = shown
+        if isinstance(shown, int):
+            names = [self.turn[i % len(self.turn)] for i in range(shown)]
         return [{"image": ordinary, **self.more}[name] for name in names]
 
 
@@ -141,19 +145,6 @@ def llava_siglip() -> Any:
     return _ready(LlavaForConditionalGeneration(config))
 
 
-def onevision() -> Any:
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-
-    config = LlavaOnevisionConfig(
-        vision_config=_clip("siglip_vision_model"),
-        text_config=text_config("qwen2"),
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]],
-    )
-    return _ready(LlavaOnevisionForConditionalGeneration(config))
-
-
 def internvl() -> Any:
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
@@ -208,11 +199,6 @@ def _pixels(side: int) -> Callable[[int, int], dict[str, Any]]:
     return images
 
 
-def _anyres(n: int, seed: int) -> dict[str, Any]:
-    sizes = torch.tensor([[48, 96]] * n)
-    return {"pixel_values": _noise(seed, n, 3, 3, 48, 48), "image_sizes": sizes}
-
-
 def _qwen(n: int, seed: int) -> dict[str, Any]:
     grid = torch.tensor([[1, 12, 12]] * n)
     return {"pixel_values": _noise(seed, n * 144, 3 * 2 * 4 * 4), "image_grid_thw": grid}
@@ -238,7 +224,6 @@ FAMILIES = {
         Family("llava", llava, 36, _pixels(48)),
         Family("llava-dinov2", llava_dino, 49, _pixels(56)),
         Family("llava-siglip", llava_siglip, 36, _pixels(48)),
-        Family("llava-onevision", onevision, 36 + 72 + 6, _anyres),
         Family("internvl", internvl, 16, _pixels(64)),
         Family("qwen2.5-vl", qwen2_5_vl, 36, _qwen, modalities),
     )
@@ -275,7 +260,9 @@ def prompt(
 import tiny_generic  # noqa: E402
 import tiny_masks  # noqa: E402
 import tiny_rope  # noqa: E402
+import tiny_tiles  # noqa: E402
 
 FAMILIES |= tiny_rope.FAMILIES
 FAMILIES |= tiny_masks.FAMILIES
 FAMILIES |= tiny_generic.FAMILIES
+FAMILIES |= tiny_tiles.FAMILIES

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from tiny import IMAGE, VIDEO, Family, _clip, _noise, _ready, text_config
+from tiny import (
+    IMAGE,
+    VIDEO,
+    Family,
+    Picture,
+    _clip,
+    _noise,
+    _ready,
+    concatenated,
+    internvl,
+    text_config,
+)
+from torch import Tensor, nn
 
 PINPOINTS = [[48, 96], [96, 48], [96, 96]]
-# (height, width) of image i and the tokens it becomes: 36 of the whole, then the rows of the tiles,
-# each with a newline token. The second is unpadded, from 12 × 6 to 12 × 4.
-ANYRES = [((48, 96), 36 + 6 * 13), ((80, 30), 36 + 12 * 5), ((90, 90), 36 + 12 * 13)]
-AT_MOST_TWO_TILES = [*ANYRES[:2], ((90, 90), 36 + 8 * 9)]
 FRAMES = 3
+START, BETWEEN, END = 92, 93, 94
 
 
 def _model(kind: str, **config: Any) -> Any:
@@ -60,7 +68,7 @@ def video_llava() -> Any:
     )
 
 
-def vipllava() -> Any:
+def vip_llava() -> Any:
     return _model(
         "VipLlava",
         vision_config=_clip("clip_vision_model"),
@@ -74,16 +82,16 @@ def aya_vision() -> Any:
     return _model(
         "AyaVision",
         vision_config=_clip("siglip_vision_model"),
-        text_config=text_config("cohere2"),
+        text_config=text_config("cohere2", sliding_window=256),
         image_token_index=IMAGE,
     )
 
 
-def cohere2_vision() -> Any:
+def command_a_vision() -> Any:
     return _model(
         "Cohere2Vision",
         vision_config=_clip("siglip_vision_model"),
-        text_config=text_config("cohere2"),
+        text_config=text_config("cohere2", sliding_window=256),
         image_token_id=IMAGE,
         alignment_intermediate_size=32,
     )
@@ -97,7 +105,7 @@ def ovis2() -> Any:
         vision_config=vision,
         text_config=text_config("qwen2"),
         image_token_id=IMAGE,
-        visual_indicator_token_ids=[92, 93, 94, 95, 96],
+        visual_indicator_token_ids=[START, BETWEEN, END, 95, 96],
         hidden_size=32,
         vocab_size=100,
     )
@@ -105,10 +113,9 @@ def ovis2() -> Any:
 
 def perception_lm() -> Any:
     """SigLIP stands in for the Perception Encoder, which needs timm."""
-    vision = _clip("siglip_vision_model") | {"model_args": {"embed_dim": 24}}
     return _model(
         "PerceptionLM",
-        vision_config=vision,
+        vision_config=_clip("siglip_vision_model") | {"model_args": {"embed_dim": 24}},
         text_config=text_config("llama"),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -129,53 +136,137 @@ def fast_vlm() -> Any:
     )
 
 
-def _sized(sizes: list[Any]) -> tuple[Callable[[int], list[int]], Callable[..., dict[str, Any]]]:
-    """Tokens of image i, and its crop and tiles with its size."""
-
-    def images(n: int, seed: int) -> dict[str, Any]:
-        height, width = sizes[seed % 3][0]
-        tiles = 1 + -(-height // 48) * -(-width // 48)
-        size = torch.tensor([[height, width]] * n)
-        return {"pixel_values": _noise(seed, n, tiles, 3, 48, 48), "image_sizes": size}
-
-    return lambda seed: [sizes[seed % 3][1]], images
+def _pixels(*shape: int) -> Callable[[int], dict[str, Any]]:
+    return lambda seed: {"pixel_values": _noise(seed, 1, *shape)}
 
 
-def _videos(n: int, seed: int) -> dict[str, Any]:
-    return {"pixel_values_videos": _noise(seed, n, FRAMES, 3, 48, 48)}
+def _tiled(n: int, side: int) -> Callable[[int], dict[str, Any]]:
+    """Tiles without an image that they belong to: (tiles, 3, H, W)."""
+    return lambda seed: {"pixel_values": _noise(seed, 1, n, 3, side, side)[0]}
 
 
-def _tiles(side: int, tokens: int) -> tuple[Callable[[int], list[int]], Callable[..., Any]]:
-    """Image i is one to three tiles of ``tokens`` tokens."""
+def _anyres(high: int, wide: int, tiles: int) -> Callable[[int], dict[str, Any]]:
+    def make(seed: int) -> dict[str, Any]:
+        size = torch.tensor([[high, wide]])
+        return {"pixel_values": _noise(seed, 1, tiles, 3, 48, 48), "image_sizes": size}
 
-    def images(n: int, seed: int) -> dict[str, Any]:
-        return {"pixel_values": _noise(seed, 1, 1 + seed % 3, 3, side, side)[0]}
-
-    return lambda seed: [tokens] * (1 + seed % 3), images
-
-
-def _plm(n: int, seed: int) -> dict[str, Any]:
-    return {"pixel_values": _noise(seed, n, 2, 3, 48, 48)}
+    return make
 
 
-def _image(side: int) -> Callable[[int, int], dict[str, Any]]:
-    return lambda n, seed: {"pixel_values": _noise(seed, n, 3, side, side)}
+def _frames(seed: int) -> dict[str, Any]:
+    return {"pixel_values_videos": _noise(seed, 1, FRAMES, 3, 48, 48)}
 
 
-video = partial(Family, placeholder=VIDEO, images=_videos)
-TILES = (
-    Family("llava-next", llava_next, *_sized(ANYRES)),
-    Family("llava-next-video", llava_next_video, *_sized(ANYRES)),
-    video("llava-next-video (video)", llava_next_video, lambda _: [9] * FRAMES),
-    Family("llava-onevision", onevision, *_sized(AT_MOST_TWO_TILES)),
-    video("llava-onevision (video)", onevision, lambda _: [*[9] * FRAMES, 1]),
-    Family("video-llava", video_llava, 36, _image(48)),
-    video("video-llava (video)", video_llava, lambda _: [1, 36] * FRAMES),
-    Family("vip-llava", vipllava, 36, _image(48)),
-    Family("aya-vision", aya_vision, *_tiles(48, 9)),
-    Family("command-a-vision", cohere2_vision, *_tiles(48, 9)),
-    Family("ovis2", ovis2, *_tiles(48, 9)),
-    Family("perception-lm", perception_lm, lambda _: [9, 9], _plm),
-    video("perception-lm (video)", perception_lm, lambda _: [9] * FRAMES),
-    Family("fastvlm", fast_vlm, 16, _image(128)),
-)
+def _picture(make: Callable[[int], dict[str, Any]], *groups: int, kind: int = IMAGE) -> Picture:
+    return Picture([kind] * sum(groups), groups, make)
+
+
+def _family(name: str, build: Callable[[], Any], ordinary: Picture, **more: Any) -> Family:
+    groups, ids, tokens = ordinary.groups, ordinary.ids, sum(ordinary.groups)
+    return Family(
+        name, build, tokens, lambda n, seed: ordinary.make(seed), ids=ids, groups=groups, **more
+    )
+
+
+def _images(samples: list[list[dict[str, Any]]]) -> list[list[Tensor]]:
+    return [[p["pixel_values"] for p in sample if "pixel_values" in p] for sample in samples]
+
+
+def _filled(samples: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """All pictures; images with fewer tiles than others are filled up, as processors do."""
+    most = max((image.shape[1] for images in _images(samples) for image in images), default=0)
+
+    def full(picture: dict[str, Any]) -> dict[str, Any]:
+        if "pixel_values" not in picture:
+            return picture
+        tiles = picture["pixel_values"]
+        more = (0, 0, 0, 0, 0, 0, 0, most - tiles.shape[1])
+        return picture | {"pixel_values": nn.functional.pad(tiles, more)}
+
+    return concatenated([[full(picture) for picture in sample] for sample in samples])
+
+
+def _counted(samples: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """With the number of each sample's images where several of a sample have one tile each."""
+    images, made = _images(samples), _filled(samples)
+    if any(image.shape[1] == 1 for shown in images for image in shown):
+        made["batch_num_images"] = torch.tensor([len(shown) for shown in images])
+    return made
+
+
+# Tokens of an anyres image: 36 of the whole, then the rows of the tiles with a newline token each.
+# The tall one is unpadded, from 12 × 6 to 12 × 4.
+WIDE = _picture(_anyres(48, 96, 3), 36 + 6 * 13)
+TALL = _picture(_anyres(80, 30, 3), 36 + 12 * 5)
+LARGE = _picture(_anyres(90, 90, 5), 36 + 12 * 13)
+BROUGHT_TO_TWO_TILES = _picture(_anyres(90, 90, 5), 36 + 8 * 9)
+ONE_TILE = _picture(_anyres(90, 90, 1), 36 + 1)
+POOLED = _picture(_frames, *[9] * FRAMES, kind=VIDEO)
+POOLED_WITH_NEWLINE = _picture(_frames, *[9] * FRAMES, 1, kind=VIDEO)
+FRAMES_WITH_CLS = _picture(_frames, *[1, 36] * FRAMES, kind=VIDEO)
+ONE_IMAGE = _picture(_pixels(3, 48, 48), 36)
+TWO_TILES = _picture(_pixels(2, 3, 48, 48), 9, 9)
+
+
+def _of_tiles(name: str, build: Callable[[], Any], side: int, tokens: int) -> Family:
+    """An image is one tile, a large one three; nothing tells the model which belong together."""
+    small, large = (_picture(_tiled(n, side), *[tokens] * n) for n in (1, 3))
+    more = {"large": large}
+    mixed = [[["image"], [], ["image", "large", "large"]]]
+    return _family(name, build, small, more=more, turn=["large", "image"], mixed=mixed)
+
+
+def _of_both(
+    name: str, build: Callable[[], Any], image: Picture, video: Picture, **more: Any
+) -> list[Family]:
+    """A family once with images and once with video, and with both in one batch."""
+    more = {"mixed": [[["image"], [], ["image"] * 3, ["video"]]]} | more
+    more["more"] = more.get("more", {}) | {"video": video}
+    return [_family(name, build, image, **more), _family(f"{name} (video)", build, video)]
+
+
+def _ovis2() -> Family:
+    """Tiles stand between indicator tokens, which are text that gets features of its own."""
+    ids = [START, *[IMAGE] * 9, END]
+    large = [START, *[IMAGE] * 9, BETWEEN, *[IMAGE] * 9, END]
+    more = {"large": Picture(large, [9, 9], _tiled(2, 48))}
+    mixed = [[["image"], [], ["image", "large", "large"]]]
+    small = Picture(ids, [9], _tiled(1, 48))
+    return _family("ovis2", ovis2, small, more=more, turn=["large", "image"], mixed=mixed)
+
+
+SIZES = {"tall": TALL, "large": LARGE}
+ANYRES = {"more": SIZES, "turn": ["image", "tall"], "collate": _filled}
+OF_SIZES = [["large"], [], ["image", "tall", "large"]]
+FAMILIES = {
+    family.name: family
+    for family in (
+        _family("llava-next", llava_next, WIDE, mixed=[OF_SIZES], **ANYRES),
+        *_of_both(
+            "llava-next-video",
+            llava_next_video,
+            WIDE,
+            POOLED,
+            mixed=[[*OF_SIZES, ["video"]]],
+            **ANYRES,
+        ),
+        *_of_both(
+            "llava-onevision",
+            onevision,
+            WIDE,
+            POOLED_WITH_NEWLINE,
+            more={"tall": TALL, "large": BROUGHT_TO_TWO_TILES, "one of several": ONE_TILE},
+            turn=["image", "tall"],
+            mixed=[OF_SIZES, [["large"], [], ["one of several"] * 3, ["video"]]],
+            collate=_counted,
+        ),
+        *_of_both("video-llava", video_llava, ONE_IMAGE, FRAMES_WITH_CLS),
+        _family("vip-llava", vip_llava, ONE_IMAGE),
+        _of_tiles("aya-vision", aya_vision, 48, 9),
+        _of_tiles("command-a-vision", command_a_vision, 48, 9),
+        _of_tiles("internvl-tiles", internvl, 64, 16),
+        _ovis2(),
+        *_of_both("perception-lm", perception_lm, TWO_TILES, POOLED),
+        _family("fastvlm", fast_vlm, _picture(_pixels(3, 128, 128), 16)),
+    )
+}
