@@ -29,6 +29,7 @@ FIXED = {
     "llava-next-video (video)": PACKED,
     "llava-onevision": PACKED,
     "llava-onevision (video)": PACKED,
+    "molmo-2": "its table of patches is made for the image as it came",
     "ovis2": ONE_SIZE,
     "perception-lm": ONE_SIZE,
     "perception-lm (video)": ONE_SIZE,

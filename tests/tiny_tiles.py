@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 PINPOINTS = [[48, 96], [96, 48], [96, 96]]
 FRAMES = 3
-START, BETWEEN, END = 92, 93, 94
+START, BETWEEN, END, COLUMN = 92, 93, 94, 95
 
 
 def _model(kind: str, **config: Any) -> Any:
@@ -136,6 +136,30 @@ def fast_vlm() -> Any:
     )
 
 
+def molmo2() -> Any:
+    """Two rotary tables; features of two layers."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    text = text_config("molmo2_text", head_dim=8, rope_parameters=rope, rope_scaling_layers=[1, 3])
+    vision = _clip("molmo2_vision") | {"image_size": [48, 48], "num_key_value_heads": 4}
+    vision |= {"head_dim": 6}
+    pooling = {
+        "vision_feature_layer": [2, 0],
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 6,
+        "intermediate_size": 32,
+        "text_hidden_size": 32,
+    }
+    return _model(
+        "Molmo2",
+        vision_config=vision,
+        adapter_config=pooling,
+        text_config=text,
+        image_patch_id=IMAGE,
+    )
+
+
 def _pixels(*shape: int) -> Callable[[int], dict[str, Any]]:
     return lambda seed: {"pixel_values": _noise(seed, 1, *shape)}
 
@@ -235,6 +259,67 @@ def _ovis2() -> Family:
     return _family("ovis2", ovis2, small, more=more, turn=["large", "image"], mixed=mixed)
 
 
+def _cells(index: Tensor) -> Tensor:
+    """Numbers of patches (rows, columns), -1 for none, to those of 2 × 2 cells, (cells, 4)."""
+    even = nn.functional.pad(index, (0, index.shape[1] % 2, 0, index.shape[0] % 2), value=-1)
+    return even.unfold(0, 2, 2).unfold(1, 2, 2).flatten(2).flatten(0, 1)
+
+
+def _molmo2() -> Family:
+    """Images are a whole of 3 × 3 tokens and crops of 3 × 6 or, cut off at the bottom, 3 × 3."""
+    whole = torch.arange(36).view(6, 6)
+    two = torch.cat([whole, whole + 36], dim=1)
+
+    def image(crops: int, index: Tensor) -> Picture:
+        table = torch.cat([_cells(whole), _cells(index + 36)])
+        high, wide = -(-index.shape[0] // 2), -(-index.shape[1] // 2)
+
+        def make(seed: int) -> dict[str, Any]:
+            pixels = _noise(seed, 1, crops, 36, 192)[0]
+            grids = torch.tensor([[3, 3, high, wide]])
+            return {"pixel_values": pixels, "image_token_pooling": table, "image_grids": grids}
+
+        rows = [i for _ in range(high) for i in (*[IMAGE] * wide, COLUMN)]
+        return Picture([START, *[IMAGE] * 9, END, START, *rows, END], [9, high * wide], make)
+
+    def frames(seed: int) -> dict[str, Any]:
+        return {
+            "pixel_values_videos": _noise(seed, 1, 2, 36, 192)[0],
+            "video_token_pooling": torch.cat([_cells(whole), _cells(whole + 36)]),
+            "video_grids": torch.tensor([[2, 3, 3]]),
+        }
+
+    def numbered(samples: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """Patches are numbered through the batch."""
+        start, shifted = 0, []
+        for picture in (picture for sample in samples for picture in sample):
+            pixels = picture.get("pixel_values", picture.get("pixel_values_videos"))
+            name = "image" if "pixel_values" in picture else "video"
+            table = picture[f"{name}_token_pooling"]
+            table = torch.where(table >= 0, table + start, -1)
+            shifted.append(picture | {f"{name}_token_pooling": table})
+            start += pixels.shape[0] * pixels.shape[1]
+        return concatenated([shifted])
+
+    def marks(ids: Tensor) -> dict[str, Tensor]:
+        return {
+            "mm_token_type_ids": torch.isin(ids, torch.tensor([IMAGE, START, COLUMN, END])).int()
+        }
+
+    video = Picture([START, *[IMAGE] * 9, END, 7, START, *[IMAGE] * 9, END], [9, 9], frames)
+    mixed = [[["image"], [], ["image", "small", "small"]], [["video"], [], ["video", "video"]]]
+    return _family(
+        "molmo-2",
+        molmo2,
+        image(3, two),
+        more={"small": image(2, whole[:5]), "video": video},
+        turn=["small", "image"],
+        mixed=mixed,
+        collate=numbered,
+        marks=marks,
+    )
+
+
 SIZES = {"tall": TALL, "large": LARGE}
 ANYRES = {"more": SIZES, "turn": ["image", "tall"], "collate": _filled}
 OF_SIZES = [["large"], [], ["image", "tall", "large"]]
@@ -266,6 +351,7 @@ FAMILIES = {
         _of_tiles("command-a-vision", command_a_vision, 48, 9),
         _of_tiles("internvl-tiles", internvl, 64, 16),
         _ovis2(),
+        _molmo2(),
         *_of_both("perception-lm", perception_lm, TWO_TILES, POOLED),
         _family("fastvlm", fast_vlm, _picture(_pixels(3, 128, 128), 16)),
     )
