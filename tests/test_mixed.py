@@ -18,7 +18,7 @@ def left(method: str, pictures: list[tiny.Picture]) -> int:
     """Vision tokens that a sample keeps: floor per group at the entrance, per sample inside."""
     groups = [size for picture in pictures for size in picture.groups]
     groups = [sum(groups)] if discover()[method].site == "layers" else groups
-    return sum(int(size * KEEP + 1e-6) for size in groups)
+    return sum(max(int(size * KEEP + 1e-6), 1) for size in groups if size)
 
 
 @pytest.mark.parametrize("family", MIXED)

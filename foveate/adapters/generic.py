@@ -8,7 +8,7 @@ become tokens (methods that read its attention), masks and arguments of the text
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -28,6 +28,7 @@ class Generic(Adapter):
     family: ClassVar[str] = "generic"
     aligned: ClassVar[bool] = False
     guessed: ClassVar[bool] = True
+    blind: ClassVar[str] = "without an adapter nobody knows how its patches become tokens"
 
     def base(self, model: nn.Module) -> nn.Module:
         inner = getattr(model, "model", None)
@@ -45,18 +46,10 @@ class Generic(Adapter):
         }
         return {modality: number for modality, number in found.items() if number is not None}
 
-    def vision_attention(self, model: nn.Module) -> NoReturn:
-        raise NotImplementedError(
-            f"foveate has no adapter for the model type {cast(Any, model.config).model_type!r} and "
-            "cannot know how patches of its encoder become tokens, and methods that read the "
-            "encoder's attention cannot work. Use one that does not, such as pool, or one between "
-            "layers, such as fastv."
-        )
-
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
-        return self.vision_attention(model)
+        raise NotImplementedError(self.blind)
 
 
 class GenericRope(Generic):

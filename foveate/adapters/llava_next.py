@@ -24,6 +24,7 @@ class LlavaNext(Adapter):
     family: ClassVar[str] = "LLaVA-NeXT"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
     aligned: ClassVar[bool] = False
+    fixed: ClassVar[str] = "its packing of tiles is tied to the input size"
 
     def grids(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
