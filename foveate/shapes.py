@@ -104,7 +104,7 @@ def _config(text: str) -> Any:
         part, _, value = option.partition("=")
         if part not in _DEPTHS or not value.isdigit() or int(value) < 1:
             raise ValueError(
-                f"{option!r} in {text!r} is not understood; give layers=8 or vision=2, say."
+                f"{option!r} in {text!r} is not understood; give layers=8, say, or vision=2."
             )
         _DEPTHS[part](config, int(value))
     return config
