@@ -37,7 +37,7 @@ def carried_out(recipes: Mapping[str, Recipe], compare: Iterable[str]) -> dict[s
     Raises:
         ValueError: for a peer that does not exist, or that can carry out none of the recipes.
     """
-    made = {}
+    made: dict[str, Carried] = {}
     for name in compare:
         if name not in PEERS:
             raise ValueError(unknown("peer", name, PEERS))
