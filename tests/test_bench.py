@@ -28,7 +28,7 @@ import foveate
 from foveate.adapter import family, text_shape
 from foveate.bench import DENSE, IDENTITY, Settings, Stopwatch, bench, elapsed, run, sheet, verdict
 from foveate.bench.run import attention_flops
-from foveate.bench.verdicts import break_even_output, break_even_prompt
+from foveate.bench.verdicts import beside, break_even_output, break_even_prompt
 from foveate.reducers.fastv import FastV
 from foveate.reducers.random import Random
 from foveate.shapes import Prompt, inputs, text_only
@@ -370,6 +370,16 @@ def test_verdicts(row: Any, words: list[str]) -> None:
     assert ("beyond" in text) == (row["ttft_ms"] == 500 and row["decode_ms"] == 10)
 
 
+def test_what_is_said_of_peers() -> None:
+    ours = {"recipe": "r", "batch": 1, "prefill_ms": 20.0, "prefill_peak_bytes": 300 << 20}
+    row = ours | {"recipe": "r by p", "prefill_ms": 250.0, "prefill_peak_bytes": 500 << 20}
+    text = "r by p takes 12.5 times as long for the prompt as r here"
+    assert beside(row, ours) == f"{text} and 200 MiB more at its peak."
+    less = row | {"prefill_peak_bytes": 299 << 20}
+    assert beside(less, ours) == f"{text} and 1 MiB less at its peak."
+    assert beside(row | {"prefill_peak_bytes": None}, ours) == f"{text}."
+
+
 def test_the_answer_at_which_a_gain_is_a_twentieth() -> None:
     """By trying one length after the other."""
     dense, row = said(1000), said(700, decode=9.9)
@@ -508,7 +518,10 @@ def test_peers_have_rows_of_their_own(models) -> None:
     for key in ("vision_tokens", "kv_bytes", "flops"):
         assert rows["fastv by rerun"][key] == rows["fastv"][key]
     assert all(rows[name]["reduce_ms"] > 0 for name in rows if " by " in name)
-    assert len(result["verdicts"]) == len(RECIPES)  # peers get none
+    slower = masked["prefill_ms"] / ours["prefill_ms"]
+    said = f"aim by masking at batch 2 takes {slower:.1f} times as long for the prompt as aim here"
+    assert sum(said in text for text in result["verdicts"]) == 1
+    assert len(result["verdicts"]) == len(RECIPES) + 2
     assert told.count("aim by masking") == 3
 
 

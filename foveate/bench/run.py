@@ -20,7 +20,7 @@ from foveate.bench.machine import Peak, about, wait
 from foveate.bench.profiling import hottest
 from foveate.bench.rounds import Part, Rounds
 from foveate.bench.stopwatch import Stopwatch, elapsed
-from foveate.bench.verdicts import break_even_output, break_even_prompt, verdict
+from foveate.bench.verdicts import beside, break_even_output, break_even_prompt, verdict
 from foveate.peers import How, carried_out
 from foveate.recipe import Recipe
 from foveate.report import Report
@@ -117,8 +117,8 @@ def bench(
     if settings.identity:
         cases.append(Case(IDENTITY, Recipe(foveate.Schedule.flat(1.0))))
     cases += [Case(label, recipe) for label, recipe in recipes.items()]
-    for label, peer in carried_out(recipes, compare).items():
-        cases.append(Case(label, peer.recipe, peer.how))
+    peers = carried_out(recipes, compare)
+    cases += [Case(label, peer.recipe, peer.how) for label, peer in peers.items()]
     counter = _Counter(
         progress, len(sizes) * (1 + len(cases) * (settings.warmup + settings.repeats))
     )
@@ -133,10 +133,11 @@ def bench(
         result["rows"] += rows
         result["vision_flops"][batch] = run.part.vision_flops
         result["text_only_ms"][batch] = run.typical
-        for row in rows:
-            if row["recipe"] not in recipes:
-                continue
-            result["verdicts"].append(verdict(row, rows[0]))
+        named = {row["recipe"]: row for row in rows}
+        ours = [named[label] for label in recipes]
+        result["verdicts"] += [verdict(row, rows[0]) for row in ours]
+        result["verdicts"] += [beside(named[n], named[peer.label]) for n, peer in peers.items()]
+        for row in ours:
             if settings.profile and row["efficiency"] < settings.profile:
                 slow = {"recipe": row["recipe"], "batch": batch}
                 result["profiles"].append(slow | {"ops": run.hottest(row["recipe"])})

@@ -36,6 +36,19 @@ def verdict(row: Row, dense: Row) -> str:
     return text + "."
 
 
+def beside(row: Row, ours: Row) -> str:
+    """One plain sentence: a recipe as a peer carries it out, against the recipe as it is here."""
+    batch = "" if row["batch"] == 1 else f" at batch {row['batch']}"
+    text = (
+        f"{row['recipe']}{batch} takes {row['prefill_ms'] / ours['prefill_ms']:.1f} times as long "
+        f"for the prompt as {ours['recipe']} here"
+    )
+    if row["prefill_peak_bytes"] and ours["prefill_peak_bytes"]:
+        more = (row["prefill_peak_bytes"] - ours["prefill_peak_bytes"]) / 2**20
+        text += f" and {abs(more):,.0f} MiB {'more' if more >= 0 else 'less'} at its peak"
+    return f"{text}."
+
+
 def _sooner(row: Row, dense: Row) -> bool:
     """Whether the first token comes earlier, beyond the spread of both."""
     return bool(row["spread"]["ttft_ms"][1] < dense["spread"]["ttft_ms"][0])

@@ -22,8 +22,9 @@ __all__ = ["PEERS", "Carried", "How", "Peer", "carried_out"]
 
 @dataclass(frozen=True)
 class Carried:
-    """A recipe and who carries it out."""
+    """A recipe, called ``label``, and who carries it out."""
 
+    label: str
     recipe: Recipe
     how: How
 
@@ -48,7 +49,6 @@ def carried_out(recipes: Mapping[str, Recipe], compare: Iterable[str]) -> dict[s
                 f"The peer {name} carries out {peer.what}, and none of the recipes is that: "
                 f"{', '.join(recipes) or 'there are none'}. Try --recipe {peer.example}."
             )
-        made |= {
-            f"{label} by {name}": Carried(recipe, peer.reduced) for label, recipe in mine.items()
-        }
+        for label, recipe in mine.items():
+            made[f"{label} by {name}"] = Carried(label, recipe, peer.reduced)
     return made
