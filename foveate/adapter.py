@@ -56,17 +56,27 @@ class Adapter(ABC):
 
     Class flags:
         family: the name people use.
-        model_types: the ``config.model_type`` values it serves.
+        model_types: the ``config.model_type`` values it serves; ``a+b`` is type a with a vision
+            encoder of type b, and goes before a.
         positions: ``compact`` when the LLM numbers the shorter prompt anew (1-D RoPE), ``keep``
             when survivors keep the place they had (M-RoPE).
         aligned: whether the projector's input rows are exactly the LLM's vision tokens, so that
             methods of site ``features`` act there; elsewhere they act on projected tokens.
+        deepstack: whether the text model adds vision features to vision rows after its first
+            layers (arguments ``visual_pos_masks`` and ``deepstack_visual_embeds``).
+        guessed: whether this stands in for a model type that has no adapter of its own.
+        blind: why nobody can see the encoder's queries and keys, or empty where foveate can.
+        fixed: why smaller input images cannot be encoded; said where :meth:`shrink` is missing.
     """
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[str] = "compact"
     aligned: ClassVar[bool] = True
+    deepstack: ClassVar[bool] = False
+    guessed: ClassVar[bool] = False
+    blind: ClassVar[str] = ""
+    fixed: ClassVar[str] = "its token grid is tied to the input size"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,9 +91,17 @@ class Adapter(ABC):
         """The text model: it has ``layers``."""
         return cast(nn.Module, self.base(model).language_model)
 
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """Logits of the text model's last hidden states."""
+        return cast(Tensor, cast(Any, model).get_output_embeddings()(hidden))
+
     def vision_attention(self, model: nn.Module) -> nn.Module:
         """The attention module of the vision encoder's last layer."""
         return last_attention(cast(nn.Module, self.base(model).vision_tower))
+
+    def vision_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The attention modules to watch: one, or one of each encoder where there are several."""
+        return [self.vision_attention(model)]
 
     def projector(self, model: nn.Module) -> nn.Module:
         """The module whose input are the encoder's features; used where ``aligned``."""
@@ -93,6 +111,10 @@ class Adapter(ABC):
         """The placeholder id of each modality."""
         config = cast(Any, model.config)
         return {"image": config.image_token_id}
+
+    def encoders(self, model: nn.Module) -> Sequence[str]:
+        """The modalities that have a ``get_*_features`` call of their own."""
+        return list(self.placeholders(model))
 
     def groups(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
@@ -106,6 +128,17 @@ class Adapter(ABC):
         """(height, width) of each group of ``sizes[g]`` tokens that is a full raster, else None."""
         sides = [math.isqrt(size) for size in sizes]
         return [(s, s) if s * s == n else None for s, n in zip(sides, sizes, strict=True)]
+
+    def blocks(self, call: Mapping[str, Any]) -> Tensor | None:
+        """Rows that see each other whatever their order: ``(B, rows)``, -1 where a row is causal.
+
+        Args:
+            call: the arguments of the model's forward.
+
+        Returns:
+            The number of each row's block, or None where the language model is causal throughout.
+        """
+        return None
 
     @abstractmethod
     def observe(
@@ -129,26 +162,32 @@ class Adapter(ABC):
             count: tokens of a group to its budget.
         """
         raise NotImplementedError(
-            f"downsample cannot work on {self.family}: its packing of tiles is tied to the input "
-            "size. Use pool, which averages the tokens instead."
+            f"downsample cannot work on {self.family}: {self.fixed}. Use pool, which averages the "
+            "tokens instead."
         )
 
 
 def family(model: nn.Module) -> Adapter:
-    """The adapter of a model.
+    """The adapter of a model; the generic one for an unknown type whose parts are recognised.
 
     Raises:
-        ValueError: for a model type that none serves, with those that are.
+        ValueError: for another model type that none serves, with those that are.
     """
     known = families()
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
-    if model_type not in known:
+    encoder = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if f"{model_type}+{encoder}" in known:
+        return known[f"{model_type}+{encoder}"]()
+    if model_type in known:
+        return known[model_type]()
+    generic = importlib.import_module("foveate.adapters.generic").recognised(model)
+    if generic is None:
         raise ValueError(
             f"foveate does not know the model type {model_type!r}. Known: {', '.join(known)}. "
             "Run `foveate models` for what works with what."
         )
-    return known[model_type]()
+    return cast(Adapter, generic)
 
 
 def families() -> Mapping[str, type[Adapter]]:
@@ -194,16 +233,33 @@ def last_attention(tower: nn.Module) -> nn.Module:
     return owners[-1]
 
 
-def whole_images(seen: Sequence[Seen], *, has_cls: bool) -> list[Observed]:
-    """Observations of an encoder that sees one image per batch row, [CLS] first if there is one."""
+def whole_images(seen: Sequence[Seen], *, has_cls: bool, stride: int = 1) -> list[Observed]:
+    """Observations of an encoder that sees one image per batch row, [CLS] first if there is one.
+
+    Args:
+        stride: side of the square of patches that becomes one token; what sticks out is cut off.
+    """
     first = int(has_cls)
+
+    def tokens(rows: Tensor) -> Tensor:  # (B, H, [CLS] + patches, d)
+        if stride == 1:
+            return rows
+        return torch.cat([rows[:, :, :first], _averaged(rows[:, :, first:], stride)], dim=2)
+
     return [
         Observed(
             q, k, torch.arange(first, q.shape[1], device=q.device), 0 if has_cls else None, s.scale
         )
         for s in seen
-        for q, k in zip(s.q.unbind(0), s.k.unbind(0), strict=True)
+        for q, k in zip(tokens(s.q).unbind(0), tokens(s.k).unbind(0), strict=True)
     ]
+
+
+def _averaged(rows: Tensor, stride: int) -> Tensor:
+    """Square rasters ``(B, H, patches, d)`` to the means of their squares ``(B, H, tokens, d)``."""
+    side = math.isqrt(rows.shape[2])
+    squares = rows.unflatten(2, (side, side)).unfold(2, stride, stride).unfold(3, stride, stride)
+    return squares.mean((-2, -1)).flatten(2, 3)
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:

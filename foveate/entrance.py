@@ -51,7 +51,7 @@ class _Encoding:
     modality: str
     call: dict[str, Any]
     seen: list[Seen] = field(default_factory=list)
-    made: list[_Survivors] = field(default_factory=list)
+    made: list[list[_Survivors]] = field(default_factory=list)
 
 
 class Entrance:
@@ -75,7 +75,7 @@ class Entrance:
         self._kept: MutableMapping[Any, list[tuple[int, int]]] = WeakIdKeyDictionary()
         self._undo: list[Callable[[], None]] = []
         base = adapter.base(model)
-        for modality in adapter.placeholders(model):
+        for modality in adapter.encoders(model):
             self._wrap(base, modality)
         if self._method.site == "features" and adapter.aligned:
             self._before = adapter.projector(model).register_forward_pre_hook(
@@ -126,6 +126,8 @@ class Entrance:
         self._undo.append(lambda: delattr(base, name))
 
     def _encode(self, modality: str, original: Callable[..., Any], call: dict[str, Any]) -> Any:
+        if self._state.get() is not None:  # video features that are made by the call for images
+            return original(**call)
         self._report.begin()
         state = _Encoding(modality, call)
         token = self._state.set(state)
@@ -147,19 +149,23 @@ class Entrance:
         if state is None:
             return None
         with self._report.clock(args[0].device):
-            state.made = self._groups(state, list(args[0]))
-        return (nn.utils.rnn.pad_sequence([m.x for m in state.made], batch_first=True), *args[1:])
+            state.made = self._split(state, list(args[0]))
+            left = [torch.cat([made.x for made in part]) for part in state.made]
+        return (nn.utils.rnn.pad_sequence(left, batch_first=True), *args[1:])
 
     def _reduced(self, state: _Encoding, items: list[Tensor]) -> list[list[_Survivors]]:
         """The survivors of every item, group by group."""
-        if state.made:  # done before the projector, where an item is a group
-            pairs = zip(state.made, items, strict=True)
-            return [[replace(made, x=item[: len(made.slots)])] for made, item in pairs]
+        if state.made:  # done before the projector
+            return [_projected(part, x) for part, x in zip(state.made, items, strict=True)]
         if self._method.site == "features" and self._adapter.aligned:
             raise ValueError(
                 "The projector that the recipe was attached to is no longer the model's; call "
                 "foveate.detach(model) and foveate.attach(model, recipe) after changing modules."
             )
+        return self._split(state, items)
+
+    def _split(self, state: _Encoding, items: list[Tensor]) -> list[list[_Survivors]]:
+        """Items split into groups, reduced."""
         sizes = self._adapter.groups(state.modality, state.call, [len(item) for item in items])
         split = [x for item, part in zip(items, sizes, strict=True) for x in item.split(part)]
         made = iter(self._groups(state, split))
@@ -190,11 +196,11 @@ class Entrance:
             return [_Survivors(size, whole, x) for x in tokens.x]
         made = self._method.reduce(tokens, None if self._schedule.adaptive else [budget] * groups)
         x = take(tokens.x, made.keep) if made.x is None else made.x
-        if (
-            self._adapter.positions == "keep"
-        ):  # the place is in the position ids: rows in raster order
-            x = take(x, made.keep.argsort(dim=-1)) if not self._schedule.adaptive else x
         counts = made.count.tolist() if self._schedule.adaptive else [budget] * groups
+        if self._adapter.positions == "keep":  # the place is in the position ids: raster order
+            rank = torch.arange(made.keep.shape[1], device=x.device)
+            over = rank >= torch.tensor(counts).to(x.device, non_blocking=True)[:, None]
+            x = take(x, made.keep.masked_fill(over, size).argsort(dim=-1, stable=True))
         self._report.groups.extend(_groups_of(made, size))
         return [
             _Survivors(size, keep[:n].sort().values, row[:n])
@@ -223,11 +229,18 @@ class Entrance:
                 x, rest = rest.split([new[0] * new[1], len(rest) - new[0] * new[1]])
                 part.append(_Survivors(old[0] * old[1], nearest(old, new).to(item.device), x))
             parts.append(part)
+        if (deepstack := getattr(outputs, "deepstack_features", None)) is not None:
+            outputs.deepstack_features = [_spread(items, parts) for items in deepstack]
         return outputs, parts
 
     def _collected(self, modality: str, features: Any, parts: list[list[_Survivors]]) -> Any:
         """The feature result in the form in which it came."""
-        items = [torch.cat([group.written() for group in part]) for part in parts]
+        items = [
+            torch.cat([group.written() for group in part]) if part else feature
+            for part, feature in zip(
+                parts, features, strict=True
+            )  # a sample without images: no part
+        ]
         sizes = [(sum(g.size for g in part), sum(len(g.slots) for g in part)) for part in parts]
         self._encoded(modality, sizes)
         if isinstance(features, list | tuple):
@@ -237,6 +250,23 @@ class Entrance:
         stacked = torch.stack(items)
         self._kept[stacked] = sizes
         return stacked
+
+
+def _spread(items: Sequence[Tensor], parts: list[list[_Survivors]]) -> list[Tensor]:
+    """Further features of the survivors, in their slots; zero in the others."""
+    spread = []
+    for item, part in zip(items, parts, strict=True):
+        xs = item.split([len(group.slots) for group in part])
+        written = [replace(g, x=x).written() for g, x in zip(part, xs, strict=True)]
+        spread.append(torch.cat(written).nan_to_num(0.0))
+    return spread
+
+
+def _projected(part: list[_Survivors], x: Tensor) -> list[_Survivors]:
+    """The groups of one item with their vectors from behind the projector, (K and padding, D)."""
+    counts = [len(made.slots) for made in part]
+    rows = x[: sum(counts)].split(counts)
+    return [replace(made, x=own) for made, own in zip(part, rows, strict=True)]
 
 
 def _stacked(

@@ -12,9 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    blockwise_overlay,
+    causal_mask_function,
+    or_masks,
+)
 
 from foveate.adapter import Seen
 from foveate.recipe import Recipe
@@ -122,7 +127,7 @@ class Left:
                 f"labels have {given.shape[1]} columns and input_ids {self.length}; give one label "
                 "for each id."
             )
-        full = torch.nn.functional.pad(given.to(self.place.device), (missing, 0), value=_IGNORED)
+        full = nn.functional.pad(given.to(self.place.device), (missing, 0), value=_IGNORED)
         cut = full.gather(1, self.place)
         if self.valid is not None:
             predicted = self.valid & self.valid.roll(1, dims=-1)
@@ -141,7 +146,11 @@ class Pass:
         vision: ``(B, rows)`` bool, vision rows.
         place: ``(B, rows)``, each row's position in the prompt as it came.
         lengths, alive, original: per sample, real rows, vision rows, and vision rows at first.
-        segments: what the layers of each segment get instead of the model's own arguments.
+        segment: what the layers of this segment get instead of the model's own arguments.
+        blocks: ``(B, rows)``, rows of one number see each other, those of -1 only rows before; None
+            when the model is causal throughout.
+        deepstack: ``(B, prompt rows, D)`` each, what is added to the rows after layer 0, 1, ….
+        order: ``(B, rows)``, each row's number among those that entered layer 0; None until a cut.
     """
 
     recipe: Recipe
@@ -167,6 +176,10 @@ class Pass:
     masks: list[Tensor | None] = field(default_factory=list)
     seen: dict[int, Seen] = field(default_factory=dict)
     segment: dict[str, Any] = field(default_factory=dict)
+    blocks: Tensor | None = None
+    deepstack: list[Tensor] = field(default_factory=list)
+    order: Tensor | None = None
+    tables: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -180,6 +193,7 @@ class Pass:
         old: Request | None,
         old_masks: list[Tensor | None],
         kwargs: Mapping[str, Any],
+        blocks: Tensor | None = None,
     ) -> Pass:
         """The rows as they come, before any reduction; ``kwargs`` are the text model's."""
         embeds: Tensor = kwargs["inputs_embeds"]
@@ -207,6 +221,7 @@ class Pass:
             past=past,
             old=old,
             old_masks=old_masks,
+            blocks=None if blocks is None else blocks[:, -length:].to(device),
             flush=bool((flags.valid.int().diff(dim=-1) >= 0).all()),
         )
 
@@ -239,10 +254,8 @@ class Pass:
             elif positions is not None:
                 positions = self._gathered(positions, order)
         mask: Any = self.keys(0)
-        if later:
-            mask = causal_mask(
-                self.config, self.cache, mask, self.rows, self.past[0], len(before), embeds
-            )
+        if later or self.blocks is not None:
+            mask = self.mask(mask, 0, embeds)
         return {
             **kwargs,
             "inputs_embeds": embeds,
@@ -282,6 +295,7 @@ class Pass:
         order = keep.to(torch.uint8).argsort(dim=-1, stable=True)[:, self.rows - width :]
         self.text, self.vision = self.text.gather(1, order), self.vision.gather(1, order)
         self.place = self.place.gather(1, order)
+        self.blocks = None if self.blocks is None else self.blocks.gather(1, order)
         self.valid = None
         if min(lengths) < width:
             padding = torch.tensor([width - n for n in lengths]).to(self.device, non_blocking=True)
@@ -311,6 +325,32 @@ class Pass:
             joined(self.old_masks[part], self.valid, past, self.rows, batch, self.device)
         )
         return self.masks[-1]
+
+    def mask(self, keys: Tensor | None, part: int, like: Tensor) -> Any:
+        """The ready mask of segment ``part``, whose key mask is ``keys``."""
+        past, batch = self.past[part], len(self.lengths)
+        return causal_mask(
+            self.config, self.cache, keys, self.rows, past, batch, like, blocks=self.blocks
+        )
+
+    def given(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer, with what belongs to the rows left.
+
+        A model may have several rotary tables (one for each kind of layer), so each layer's own are
+        taken, each distinct one once.
+        """
+        if self.order is None:
+            return {**kwargs, **self.segment}
+        table = kwargs["position_embeddings"]
+        if id(table) not in self.tables:  # the table is kept, so its id is not given to another
+            self.tables[id(table)] = (table, tuple(take(part, self.order) for part in table))
+        return {**kwargs, **self.segment, "position_embeddings": self.tables[id(table)][1]}
+
+    def stacked(self, hidden: Tensor, layer: int) -> Tensor:
+        """``hidden`` (B, rows, D) after ``layer``, with what the model adds there."""
+        if layer >= len(self.deepstack):
+            return hidden
+        return hidden + take(self.deepstack[layer], self.place)
 
     def tokens(self, hidden: Tensor, layer: int) -> Tokens:
         """The vision tokens before ``layer``, with what layer - 1 attended to."""
@@ -346,10 +386,8 @@ class Pass:
             with self.report.clock(self.device):
                 reduction = apply(method, self.tokens(hidden, layer), self.alive, wanted)
                 hidden = self._leave(hidden, reduction, wanted)
-        part, batch = segment(self.recipe, layer), len(self.lengths)
-        self.segment["attention_mask"] = causal_mask(
-            self.config, self.cache, self.keys(part), self.rows, self.past[part], batch, hidden
-        )
+        part = segment(self.recipe, layer)
+        self.segment["attention_mask"] = self.mask(self.keys(part), part, hidden)
         last = next((c for c in schedule.cuts() if c > layer), len(schedule.alive))
         self.record(last - layer)
         return hidden
@@ -365,8 +403,8 @@ class Pass:
             kept = kept.masked_fill(over.to(self.device, non_blocking=True), self.rows)
         stay = nn_pad(self.text).scatter(1, kept, True)[:, : self.rows]
         order = self.drop(stay, wanted)
-        cos, sin = self.segment["position_embeddings"]
-        self.segment["position_embeddings"] = (take(cos, order), take(sin, order))
+        self.order = order if self.order is None else self.order.gather(1, order)
+        self.tables = {}
         # Layers use position ids only to find packed sequences; gaps would look like some.
         self.segment["position_ids"] = torch.arange(self.rows, device=self.device)[None]
         return take(hidden, order)
@@ -384,7 +422,7 @@ class Pass:
 
 def nn_pad(flags: Tensor) -> Tensor:
     """``(B, L)`` with one more column of False, where writes to nowhere go."""
-    return torch.nn.functional.pad(flags, (0, 1))
+    return nn.functional.pad(flags, (0, 1))
 
 
 def take(rows: Tensor, order: Tensor) -> Tensor:
@@ -458,28 +496,55 @@ def joined(
 
 
 def causal_mask(
-    config: Any, cache: Any, keys: Tensor | None, rows: int, past: Any, batch: int, like: Tensor
+    config: Any,
+    cache: Any,
+    keys: Tensor | None,
+    rows: int,
+    past: Any,
+    batch: int,
+    like: Tensor,
+    blocks: Tensor | None = None,
 ) -> Any:
     """A causal mask for ``rows`` new rows after ``past`` cached ones, ``keys`` (B, past + rows).
 
-    As ``create_causal_mask`` makes it, but sized by the segment instead of by layer 0.
+    As ``create_causal_mask`` makes it, but sized by the segment instead of by layer 0. New rows of
+    one number in ``blocks`` (B, rows) see each other; -1 is none.
     """
     static = cache is not None and cache.is_compileable
     length = cache.get_max_length(0) if static else past + rows
+    seen = causal_mask_function
+    if blocks is not None:
+        around = (int(past), int(length) - int(past) - rows)
+        seen = or_masks(seen, blockwise_overlay(nn.functional.pad(blocks, around, value=-1)))
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
         batch_size=batch,
         q_length=rows,
         kv_length=length,
         q_offset=past,
         kv_offset=0,
-        mask_function=causal_mask_function,
+        mask_function=seen,
         attention_mask=keys,
-        allow_is_causal_skip=not (static and rows == 1),
+        allow_is_causal_skip=blocks is None and not (static and rows == 1),
         dtype=like.dtype,
         config=config,
         use_vmap=False,
         device=like.device,
     )
+
+
+def deepstacked(kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+    """The text model's arguments without what it would add to vision rows after its first layers.
+
+    Returns:
+        Them, and what is to be added after layer 0, 1, …: ``(B, rows, D)``, zero in text rows. So
+        it can be cut as the rows are, at whatever boundary.
+    """
+    like: Tensor = kwargs["inputs_embeds"]
+    full = [
+        torch.zeros_like(like).masked_scatter(kwargs["visual_pos_masks"][..., None], part.to(like))
+        for part in kwargs.get("deepstack_visual_embeds") or ()
+    ]
+    return {**kwargs, "visual_pos_masks": None, "deepstack_visual_embeds": None}, full
 
 
 def shifted(
@@ -492,6 +557,11 @@ def shifted(
         rows, start = kwargs["inputs_embeds"].shape[1], kwargs["past_key_values"].get_seq_length()
         positions = (torch.arange(rows, device=old.shift.device) + start)[None]
     return positions - old.shift
+
+
+def ready_made(mask: Any) -> bool:
+    """Whether a mask says who sees whom, instead of which rows are padding."""
+    return isinstance(mask, dict) or getattr(mask, "ndim", 2) == 4
 
 
 def two_d(mask: Any, rows: int, past: int) -> Tensor | None:

@@ -6,7 +6,9 @@ gone after :func:`detach` or the end of the ``with`` block, also after an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,7 +28,9 @@ from foveate.prompt import (
     Pass,
     Request,
     causal_mask,
+    deepstacked,
     joined,
+    ready_made,
     request_of,
     segment,
     shifted,
@@ -37,6 +41,10 @@ from foveate.report import Report
 from foveate.watch import Watch
 
 _INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_TEXT_INPUTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"),
+    *("use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"),
+}
 
 
 @contextmanager
@@ -110,6 +118,8 @@ class _Frame:
     kept: dict[str, list[tuple[int, int]] | None] = field(default_factory=dict)
     rows: Pass | None = None
     masks: list[Any] | None = None
+    mask: Any = None
+    blocks: Tensor | None = None
 
 
 class Session:
@@ -128,6 +138,13 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._entrance: Entrance | None = None
         self._reducing = bool(self.recipe.schedule.cuts())
+        self._guess = ""
+        if self.adapter.guessed:
+            self._guess = (
+                f"foveate has no adapter for the model type {config.model_type!r}; its parts were "
+                "recognised, and what cannot be known of it is refused."
+            )
+            logging.getLogger(__name__).warning(self._guess)
         try:
             self._open()
         except BaseException:
@@ -149,7 +166,7 @@ class Session:
             )
             self._undo.append(self._entrance.remove)
             if cast(Any, self.recipe.entrance).needs_attention:
-                watched.append((self.adapter.vision_attention(self.model), self._entrance.show))
+                watched += [(module, self._entrance.show) for module in self._eyes()]
         layers = list(cast(nn.ModuleList, text.layers))
         if schedule.cuts() and cast(Any, self.recipe.layers).needs_attention:
             watched += [
@@ -166,8 +183,21 @@ class Session:
             for index, layer in enumerate(layers[cut:], start=cut):
                 before = partial(self._before_layer, index)
                 self._hook(layer.register_forward_pre_hook(before, with_kwargs=True))
+        if self.adapter.deepstack and self._reducing:
+            for index, layer in enumerate(layers):
+                self._hook(layer.register_forward_hook(partial(self._after_layer, index)))
         self._refuse_chunks()
         self._cut_labels()
+
+    def _eyes(self) -> Sequence[nn.Module]:
+        """The encoder's attention modules."""
+        if self.adapter.blind:
+            raise NotImplementedError(
+                f"{cast(Any, self.recipe.entrance).name} cannot work on {self.adapter.family}: it "
+                f"needs the encoder's attention, and {self.adapter.blind}. Use a method that needs "
+                "none, such as pool or aim-merge-tokens, or one inside the LLM, such as fastv."
+            )
+        return self.adapter.vision_attentions(self.model)
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
@@ -211,22 +241,37 @@ class Session:
                 "model.gradient_checkpointing_disable(), or reduce at the entrance only."
             )
 
-    def _refuse_windows(self, rows: int) -> None:
+    def _refuse_windows(self, past: Any, rows: int) -> None:
         config = cast(Any, self.text.config)
         window = getattr(config, "sliding_window", None)
-        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-        if sliding and window is not None and window < rows:
+        types = getattr(config, "layer_types", None)  # without them every layer has the window
+        if window is None or (types is not None and "sliding_attention" not in types):
+            return
+        if window < int(past) + rows:
             raise ValueError(
-                f"This model has sliding-window layers of {window} rows and the prompt has {rows}; "
-                "after a cut a window would mean other rows. Use a shorter prompt or a recipe with "
-                "entrance methods only on a prompt within the window."
+                f"This model has sliding-window layers of {window} rows, and prompt and answer "
+                f"have {int(past) + rows}; with rows left out a window would mean other rows. Use "
+                "a shorter prompt or answer, or run the model without a recipe."
+            )
+
+    def _refuse_unknown(self, frame: _Frame, kwargs: dict[str, Any]) -> None:
+        """What a model without an adapter does besides masks and positions cannot be cut alike."""
+        parameters = set(inspect.signature(self.text.forward).parameters) - {"args", "kwargs"}
+        more = [n for n in parameters - _TEXT_INPUTS if kwargs.get(n) is not None]
+        if ready_made(kwargs.get("attention_mask")) and not ready_made(frame.mask):
+            more.append("an attention_mask of the model's own making")
+        if more:
+            raise ValueError(
+                f"foveate has no adapter for {cast(Any, self.model.config).model_type!r}, and its "
+                f"text model was given {', '.join(sorted(more))}, which foveate cannot cut. Use a "
+                "model type that `foveate models` lists."
             )
 
     # One forward of the multimodal model
 
     def _encoded(self, modality: str, sizes: list[tuple[int, int]]) -> None:
-        if (frame := self._frame.get()) is not None:
-            frame.kept[modality] = sizes
+        if (frame := self._frame.get()) is not None:  # a second call: only counting tells whose
+            frame.kept[modality] = None if modality in frame.kept else sizes
 
     def _show(self, layer: int, seen: Seen) -> None:
         frame = self._frame.get()
@@ -237,6 +282,7 @@ class Session:
         frame = _Frame()
         self._frame.set(frame)
         outputs = kwargs.get("mm_encoder_outputs") or {}
+        frame.mask = kwargs.get("attention_mask")
         given = [m for m, name in _INPUTS.items() if kwargs.get(name) is not None or outputs.get(m)]
         if not given:
             return
@@ -246,14 +292,16 @@ class Session:
                 "inputs_embeds were given without input_ids, and foveate cannot tell which of "
                 "their rows are vision tokens. Pass input_ids and pixel_values."
             )
-        self._read(frame, ids, kwargs)
+        self._read(frame, ids, given, kwargs)
+        frame.blocks = self.adapter.blocks(kwargs)
         for modality in given:
             if self._entrance is not None and outputs.get(modality):
                 frame.kept[modality] = self._entrance.kept(outputs[modality].pooler_output)
 
-    def _read(self, frame: _Frame, ids: Tensor, kwargs: dict[str, Any]) -> None:
+    def _read(self, frame: _Frame, ids: Tensor, given: list[str], kwargs: dict[str, Any]) -> None:
         """Which rows are vision and which padding, on the host: the one copy from the device."""
-        where = {m: ids == number for m, number in self.adapter.placeholders(self.model).items()}
+        numbers = self.adapter.placeholders(self.model)
+        where = {modality: ids == numbers[modality] for modality in given}
         past = int(self._past(kwargs.get("past_key_values"))[0])
         valid = two_d(kwargs.get("attention_mask"), ids.shape[1], past)
         rows = [torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, *where.values()]
@@ -309,16 +357,30 @@ class Session:
         """New rows with vision tokens among them."""
         cache = kwargs.get("past_key_values")
         past = self._past(cache)
-        old_masks = self._old_masks(old, past, kwargs)
+        old_masks = self._old_masks(old, past, frame.mask)
         self.report.begin()
         rows = Pass.begin(
-            self.recipe, self.report, self.text.config, cache, flags, past, old, old_masks, kwargs
+            self.recipe,
+            self.report,
+            self.text.config,
+            cache,
+            flags,
+            past,
+            old,
+            old_masks,
+            kwargs,
+            frame.blocks,
         )
         if not self._reducing:
             rows.record(self.shape.layers)
             return kwargs
         frame.rows = rows
-        self._refuse_windows(rows.rows)
+        if self._guess:
+            self.report.notes.append(self._guess)
+            self._refuse_unknown(frame, kwargs)
+        self._refuse_windows(past[0], rows.rows)
+        if self.adapter.deepstack:
+            kwargs, rows.deepstack = deepstacked(kwargs)
         if self.recipe.schedule.cuts():
             self._refuse_old_checkpointing()
         stay, alive = rows.text | rows.vision, rows.alive
@@ -348,9 +410,10 @@ class Session:
         embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
         batch, rows = embeds.shape[:2]
         new = None
-        if rows > 1 and (valid := two_d(kwargs.get("attention_mask"), rows, 0)) is not None:
+        if rows > 1 and (valid := two_d(frame.mask, rows, 0)) is not None:
             new = None if bool(valid.all()) else valid.to(embeds.device)
         past = self._past(cache)
+        self._refuse_windows(past[0], rows)
         old.masks = [
             joined(mask, new, length, rows, batch, embeds.device)
             for mask, length in zip(old.masks, past, strict=True)
@@ -368,15 +431,12 @@ class Session:
         held = len(cache.layers) if cache is not None else 0
         return [cache.layers[s].get_seq_length() if s < held else 0 for s in starts]
 
-    def _old_masks(
-        self, old: Request | None, past: list[Any], kwargs: dict[str, Any]
-    ) -> list[Tensor | None]:
-        """Key masks of the rows in the cache, per segment."""
+    def _old_masks(self, old: Request | None, past: list[Any], mask: Any) -> list[Tensor | None]:
+        """Key masks of the rows in the cache, per segment; ``mask`` is the caller's."""
         if old is not None:
             return old.masks
-        mask = kwargs.get("attention_mask")
         plain = isinstance(mask, Tensor) and mask.ndim == 2 and int(past[0])
-        return [mask[:, : int(past[0])].bool() if plain else None for _ in past]  # type: ignore[index]
+        return [mask[:, : int(past[0])].bool() if plain else None for _ in past]
 
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -390,9 +450,12 @@ class Session:
         if rows is None:
             return None
         if index in self.recipe.schedule.cuts():
-            rows.segment.setdefault("position_embeddings", kwargs["position_embeddings"])
             args = (rows.cut(args[0], index), *args[1:])
-        return args, {**kwargs, **rows.segment}
+        return args, rows.given(kwargs)
+
+    def _after_layer(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Any:
+        frame = self._frame.get()
+        return output if frame is None or frame.rows is None else frame.rows.stacked(output, index)
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> None:
         frame = self._frame.get()

@@ -72,7 +72,9 @@ def build(
 
     Args:
         name: with or without ``shape:``; ``llava-1.5-7b:layers=8`` has fewer layers in its text
-            model, for machines with less memory, and is the same in all else.
+            model, for machines with less memory, and is the same in all else; ``vision=2`` is how
+            many its vision encoder has, where only the text model is to be timed. Both:
+            ``layers=8,vision=2``.
         dtype: of all weights; they are made in it, so a 7B model takes 15 GB in bfloat16.
         device: where they are made.
 
@@ -93,20 +95,39 @@ def build(
 
 
 def _config(text: str) -> Any:
-    """The configuration that ``name`` or ``name:layers=n`` stands for."""
-    name, colon, option = text.partition(":")
+    """The configuration that ``name`` or ``name:layers=n,vision=n`` stands for."""
+    name, colon, options = text.partition(":")
     if name not in _SHAPES:
         raise ValueError(unknown("shape", name, _SHAPES))
     config = _SHAPES[name]()
-    if colon:
-        key, _, value = option.partition("=")
-        if key != "layers" or not value.isdigit() or int(value) < 1:
-            raise ValueError(f"{option!r} in {text!r} is not understood; give layers=8, say.")
-        config.text_config.num_hidden_layers = int(value)
-        kinds = getattr(config.text_config, "layer_types", None)  # Llama has none
-        if kinds:
-            config.text_config.layer_types = kinds[: int(value)]
+    for option in options.split(",") if colon else ():
+        part, _, value = option.partition("=")
+        if part not in _DEPTHS or not value.isdigit() or int(value) < 1:
+            raise ValueError(
+                f"{option!r} in {text!r} is not understood; give layers=8, say, or vision=2."
+            )
+        _DEPTHS[part](config, int(value))
     return config
+
+
+def _text_depth(config: Any, layers: int) -> None:
+    config.text_config.num_hidden_layers = layers
+    kinds = getattr(config.text_config, "layer_types", None)  # Llama has none
+    if kinds:
+        config.text_config.layer_types = kinds[:layers]
+
+
+def _vision_depth(config: Any, layers: int) -> None:
+    vision = config.vision_config
+    if "depth" in vision.to_dict():  # Qwen2.5-VL: windows, but for some layers and the last
+        vision.depth = layers
+        full = {n for n in vision.fullatt_block_indexes if n < layers}
+        vision.fullatt_block_indexes = sorted(full | {layers - 1})
+    else:
+        vision.num_hidden_layers = layers
+
+
+_DEPTHS: Mapping[str, Callable[[Any, int], None]] = {"layers": _text_depth, "vision": _vision_depth}
 
 
 @torch.no_grad()
@@ -165,10 +186,16 @@ def inputs(model: nn.Module, prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def text_only(model: nn.Module, batch: int, rows: int, seed: int = 0) -> dict[str, Any]:
-    """A prompt of ``rows`` text tokens per sample and no image."""
+def text_only(
+    model: nn.Module, batch: int, rows: int, seed: int = 0, *, ragged: bool = False
+) -> dict[str, Any]:
+    """A prompt of ``rows`` text tokens per sample and no image; ``ragged`` as in a prompt."""
     ids = _words(model, batch * rows, seed).view(batch, rows)
-    return {"input_ids": ids.to(next(model.parameters()).device)}
+    made = {"input_ids": ids}
+    if ragged and batch > 1:
+        padding = torch.arange(batch).clamp(max=rows - 1)[:, None]
+        made["attention_mask"] = (torch.arange(rows) >= padding).long()
+    return {name: value.to(next(model.parameters()).device) for name, value in made.items()}
 
 
 def _rows(model: nn.Module, prompt: Prompt, tokens: list[int], placeholder: int) -> list[Tensor]:

@@ -20,26 +20,41 @@ from foveate.adapter import family
 
 @dataclass(frozen=True)
 class Run:
-    """One reduced generation: logits (B, steps, V), tokens (B, steps) and what the report said."""
+    """One reduced generation: logits (B, steps, V), tokens (B, steps) and what the report said.
+
+    ``entered`` are the rows that the text model got, ``deepstack`` what it was to add to vision
+    rows later on.
+    """
 
     logits: Tensor
     tokens: Tensor
     slots: list[list[Tensor]]
     entered: Tensor
     cache: Any
+    deepstack: Any = None
 
 
 @contextmanager
-def spying(module: Any, store: dict[str, Any]):
-    """Keep the arguments of a module's first call."""
+def spying(module: Any, store: dict[str, Any], *, first: bool = False):
+    """Keep the arguments of a module's first call; ``first``: as they are before a session."""
 
     def hook(_: Any, args: Any, kwargs: Any) -> None:
         if not store:
             store.update(kwargs, args=args)
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
     yield
     handle.remove()
+
+
+@contextmanager
+def entering(model: Any, store: dict[str, Any]):
+    """Inside a session: keep the rows that the text model gets, and its deepstack features."""
+    text, early, late = family(model).text(model), {}, {}
+    with spying(text, early, first=True), spying(text, late):
+        yield
+    store["entered"] = late["inputs_embeds"]
+    store["deepstack"] = early.get("deepstack_visual_embeds")
 
 
 @torch.no_grad()
@@ -47,8 +62,7 @@ def reduced_run(
     model: Any, recipe: foveate.Recipe, inputs: dict[str, Any], steps: int, **more: Any
 ) -> Run:
     first: dict[str, Any] = {}
-    layer = family(model).text(model).layers[0]
-    with foveate.reduced(model, recipe) as report, spying(layer, first):
+    with foveate.reduced(model, recipe) as report, entering(model, first):
         out = model.generate(
             **inputs,
             max_new_tokens=steps,
@@ -59,7 +73,7 @@ def reduced_run(
         )
         slots = report.slots
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
-    return Run(torch.stack(out.logits, 1), tokens, slots, first["args"][0], out.past_key_values)
+    return Run(torch.stack(out.logits, 1), tokens, slots, cache=out.past_key_values, **first)
 
 
 @torch.no_grad()
@@ -68,8 +82,14 @@ def masked_logits(model: Any, inputs: dict[str, Any], run: Run) -> Tensor:
     dense: dict[str, Any] = {}
     with spying(family(model).text(model), dense):
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    hidden = _masked(model, dense["inputs_embeds"], dense["position_ids"], run)
-    return model.lm_head(hidden[:, dense["inputs_embeds"].shape[1] - 1 :])
+    hidden = _masked(model, dense, dense["position_ids"], run)
+    return _head(model, hidden[:, dense["inputs_embeds"].shape[1] - 1 :])
+
+
+def _head(model: Any, hidden: Tensor) -> Tensor:
+    logits = model.lm_head(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def masked_loss(model: Any, inputs: dict[str, Any], labels: Tensor, run: Run) -> Tensor:
@@ -80,7 +100,7 @@ def masked_loss(model: Any, inputs: dict[str, Any], labels: Tensor, run: Run) ->
     embeds, positions = dense["inputs_embeds"], dense["position_ids"]
     if positions is None:
         positions = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
-    logits = model.lm_head(_masked(model, embeds, positions, run))
+    logits = _head(model, _masked(model, dense, positions, run))
     total = logits.new_zeros(())
     for b, alive in enumerate(run.slots[-1]):
         for row, following in itertools.pairwise(alive.tolist()):
@@ -92,22 +112,30 @@ def masked_loss(model: Any, inputs: dict[str, Any], labels: Tensor, run: Run) ->
 def forward_run(model: Any, recipe: foveate.Recipe, inputs: dict[str, Any]) -> Run:
     """One plain forward of a prompt, nothing generated."""
     first: dict[str, Any] = {}
-    layer = family(model).text(model).layers[0]
-    with torch.no_grad(), foveate.reduced(model, recipe) as report, spying(layer, first):
+    with torch.no_grad(), foveate.reduced(model, recipe) as report, entering(model, first):
         out = model(**inputs)
-    return Run(out.logits, inputs["input_ids"][:, :0], report.slots, first["args"][0], None)
+    return Run(out.logits, inputs["input_ids"][:, :0], report.slots, cache=None, **first)
 
 
-def _masked(model: Any, embeds: Tensor, positions: Tensor, run: Run) -> Tensor:
-    """Hidden rows (B, L + steps - 1, D) of the dense model that sees only what the run left."""
+def _masked(model: Any, dense: dict[str, Any], positions: Tensor, run: Run) -> Tensor:
+    """Hidden rows (B, L + steps - 1, D) of the dense model that sees only what the run left.
+
+    ``dense`` are the text model's arguments when nothing is reduced.
+    """
     adapter = family(model)
-    text, embeds, new = adapter.text(model), embeds.clone(), run.tokens[:, :-1]
+    text, embeds = adapter.text(model), dense["inputs_embeds"].clone()
+    new = run.tokens[:, :-1]
     batch, length = embeds.shape[:2]
     for b, slots in enumerate(run.slots[0]):
         embeds[b, slots] = run.entered[b, run.entered.shape[1] - len(slots) :]
     positions = _positions(positions, run, adapter.positions, new.shape[1])
     hidden = torch.cat([embeds, model.get_input_embeddings()(new)], 1)
-    masks = [_mask(slots, batch, length, new.shape[1], hidden.dtype) for slots in run.slots]
+    seen = _seen(dense.get("attention_mask"), length)
+    masks = [_mask(slots, batch, seen, new.shape[1], hidden.dtype) for slots in run.slots]
+    more = {}
+    if (where := dense.get("visual_pos_masks")) is not None:
+        more["visual_pos_masks"] = torch.nn.functional.pad(where, (0, new.shape[1]))
+        more["deepstack_visual_embeds"] = run.deepstack
 
     def use(index: int):
         return lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks[index]})
@@ -118,7 +146,11 @@ def _masked(model: Any, embeds: Tensor, positions: Tensor, run: Run) -> Tensor:
     ]
     try:
         out = text(
-            inputs_embeds=hidden, position_ids=positions, attention_mask=masks[0], use_cache=False
+            inputs_embeds=hidden,
+            position_ids=positions,
+            attention_mask=masks[0],
+            use_cache=False,
+            **more,
         )
     finally:
         for hook in hooks:
@@ -135,21 +167,32 @@ def _positions(positions: Tensor, run: Run, policy: str, new: int) -> Tensor:
     return torch.cat([positions, after], -1)
 
 
-def _mask(slots: list[Tensor], batch: int, length: int, new: int, dtype: torch.dtype) -> Tensor:
+def _seen(mask: Any, length: int) -> Tensor:
+    """Who sees whom in the dense model, (B or 1, 1, L, L) bool, apart from padding."""
+    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    mask = mask["full_attention"] if isinstance(mask, dict) else mask
+    if mask is None or mask.ndim == 2:
+        return causal
+    return causal | (mask if mask.dtype == torch.bool else mask == 0)
+
+
+def _mask(slots: list[Tensor], batch: int, seen: Tensor, new: int, dtype: torch.dtype) -> Tensor:
+    length = seen.shape[-1]
     alive = torch.zeros(batch, length + new, dtype=torch.bool)
     alive[:, length:] = True
     for b, own in enumerate(slots):
         alive[b, own] = True
     total = length + new
-    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    causal = torch.ones(total, total, dtype=torch.bool).tril().repeat(batch, 1, 1, 1)
+    causal[:, :, :length, :length] = seen
     allowed = causal & alive[:, None, None, :] | torch.eye(total, dtype=torch.bool)
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 @torch.no_grad()
-def reduced_run_entered(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """The rows that enter layer 0 under the session that is open."""
+def entered_again(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What enters the text model under the session that is open, as :class:`Run` has it."""
     first: dict[str, Any] = {}
-    with spying(family(model).text(model).layers[0], first):
+    with entering(model, first):
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    return first["args"][0]
+    return first

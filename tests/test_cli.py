@@ -266,6 +266,27 @@ def test_bench_follows_the_contract(loaded) -> None:
     assert len({line.split(",")[0] for line in lines}) == 2  # the header is there once
 
 
+def test_bench_with_all_that_it_offers(loaded) -> None:
+    words = ("--recipe", "aim", "--recipe", "fastv", "--compare", "masking, rerun", "--ragged")
+    words += ("--batch", "2,1", "--new-tokens", "4,2", "--repeats", 1, "--profile", 99)
+    printed = works("bench", "--model", "tiny", *words, "--json", "b.json")
+    said = wrote("b.json")
+    names = ["dense", "identity", "aim", "fastv", "aim by masking", "fastv by rerun"]
+    assert [(row["batch"], row["recipe"]) for row in said["rows"]] == [
+        (batch, name) for batch in (1, 2) for name in names
+    ]
+    assert [answer["new_tokens"] for answer in said["rows"][0]["answers"]] == [2, 4]
+    assert said["prompt"]["ragged"] is True
+    for text in ("batch 2, ragged", "fastv by rerun", "2 tokens s", "4 tokens s", "by the papers"):
+        assert text in printed
+    assert [(p["recipe"], p["batch"]) for p in said["profiles"]] == [
+        (name, batch) for batch in (1, 2) for name in ("aim", "fastv")
+    ]
+    assert "aim, batch 2: one prompt" in printed
+    assert said["profiles"][0]["ops"][0]["op"] in printed
+    assert not Path("b.json.rounds").exists()
+
+
 # What they refuse
 
 
@@ -327,7 +348,15 @@ def test_bad_options(
         ("demo --model shape:internvl3-1b", "random weights.*--model pinhole"),
         ("bench --image-size huge", "--image-size is 'huge'; give WIDTHxHEIGHT, for example 640x"),
         ("bench --image-size 0x10", "--image-size is '0x10'; give WIDTHxHEIGHT"),
-        ("bench --batch 0", "--batch.*greater than or equal to 1"),
+        ("bench --batch 0", "--batch is '0'; give whole numbers of at least 1, such as 1,8"),
+        ("bench --batch 1,many", "--batch is '1,many'; give whole numbers"),
+        ("bench --new-tokens 16,1", "--new-tokens is '16,1'; give whole numbers of at least 2"),
+        ("bench --compare maskin", "no peer 'maskin'. Did you mean 'masking'"),
+        (
+            "bench --recipe pool --compare loops",
+            "loops carries out prumerge.*Try --recipe prumerge",
+        ),
+        ("bench --profile 0.9 --no-attainable", "leave --no-attainable away"),
         ("bench --repeats many", "--repeats.*valid integer"),
         ("ask p.png", "Missing argument.*question"),
         ("trace p.png --layers one", "--layers is 'one'; give layer numbers, such as 0,8,16"),

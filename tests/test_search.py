@@ -49,8 +49,7 @@ def batch_of(family: tiny.Family, images: list[int]) -> Batch:
     ids = torch.cat([inputs["input_ids"], answer.clamp(min=0)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1)
     inputs |= {"input_ids": ids, "attention_mask": mask}
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = (ids == tiny.IMAGE).int()
+    inputs |= family.marks(ids)
     return Batch(inputs, answer)
 
 
@@ -82,7 +81,7 @@ def in_use(model: Any, batch: Batch, recipe: Recipe) -> torch.Tensor:
     return torch.stack(out.logits, 1)
 
 
-TWO_D = ("input_ids", "attention_mask", "mm_token_type_ids")
+TWO_D = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 @pytest.mark.parametrize("method", ["attention", "fastv", "pagerank", "pool"])

@@ -11,6 +11,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from test_contract import FAMILIES, OBSERVED
 
 import foveate
 from foveate import Recipe, Schedule, Scorer, Tokens
@@ -20,7 +21,6 @@ BOTH = Recipe(
     entrance=foveate.reducer("prumerge"),
     layers=foveate.reducer("pagerank"),
 )
-FAMILIES = sorted(tiny.FAMILIES)
 
 
 def batch(family: str, images: list[int], seed: int = 0) -> dict[str, Any]:
@@ -44,11 +44,19 @@ def test_the_oracle_can_fail(models) -> None:
     assert (run.logits - oracle.masked_logits(model, inputs, untouched)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_entrance_and_layers_together(family: str, implementation: str) -> None:
+def attending(family: str, implementation: str) -> Any:
+    """A model of its own, with this kernel."""
     model = tiny.FAMILIES[family].build()
+    if implementation == "sdpa" and family == "paligemma-2":
+        pytest.skip("transformers has no sdpa for Gemma 2, whose attention is soft-capped")
     model.set_attn_implementation(implementation)
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", OBSERVED)
+def test_entrance_and_layers_together(family: str, implementation: str) -> None:
+    model = attending(family, implementation)
     run = oracle.reduced_run(model, BOTH, batch(family, [2, 0, 1]), 4)
     expected = oracle.masked_logits(model, batch(family, [2, 0, 1]), run)
     assert (run.logits - expected).abs().max() < 2e-6
@@ -90,7 +98,7 @@ def test_several_answers_and_prompt_lookup_run(models) -> None:
     assert torch.equal(greedy, lookup)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OBSERVED)
 @torch.no_grad()
 def test_bare_forwards_equal_generate(models, family: str) -> None:
     """A prompt and decode steps by plain calls, without position ids."""
@@ -223,7 +231,7 @@ def test_the_watch_sees_what_attention_used(family: str) -> None:
 
     model.set_attn_implementation("eager")
     weights = model(**inputs, output_attentions=True).attentions[1]
-    model.set_attn_implementation("sdpa")
+    model = tiny.FAMILIES[family].build()  # the same, with the kernel that it has of itself
     with foveate.reduced(model, Recipe(Schedule.step(0.5), layers=Spy())):
         model(**inputs)
     tokens = seen["tokens"]
@@ -241,7 +249,7 @@ def test_the_watch_sees_what_attention_used(family: str) -> None:
 
 @torch.no_grad()
 def test_a_bf16_model_works(models) -> None:
-    for family in FAMILIES:
+    for family in OBSERVED:
         model = tiny.FAMILIES[family].build().to(torch.bfloat16)
         inputs = batch(family, [2, 0, 1])
         with foveate.reduced(model, BOTH):

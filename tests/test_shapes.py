@@ -102,6 +102,22 @@ def test_fewer_layers_and_all_else_alike(published, name: str) -> None:
     assert {int(path.split(".")[0]) for path in gone} == set(range(2, depth))
 
 
+@ON_META
+def test_a_shallow_encoder_and_all_else_alike(published, name: str) -> None:
+    cut, whole = shapes.build(f"{name}:layers=3,vision=2", device="meta"), published[name]
+    assert len(family(cut).text(cut).layers) == 3
+    sizes = {path: parameter.shape for path, parameter in whole.named_parameters()}
+    left = {path: parameter.shape for path, parameter in cut.named_parameters()}
+    assert left.items() < sizes.items()
+    seen = [path for path in sizes.keys() - left.keys() if "language_model" not in path]
+    assert seen and all(
+        ".layers." in path or ".blocks." in path or ".layer." in path for path in seen
+    )
+    assert shapes.inputs(cut, Prompt())["input_ids"].shape == (
+        shapes.inputs(whole, Prompt())["input_ids"].shape
+    )
+
+
 @pytest.mark.parametrize("text", [Prompt(), Prompt(2, images=2), Prompt(3, ragged=True)], ids=str)
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
@@ -151,6 +167,14 @@ def test_prompts_are_drawn_from_their_seed(models) -> None:
 
     assert torch.equal(made(3), made(3))
     assert not torch.equal(made(3), made(4))
+
+
+def test_ragged_text_is_padded_like_a_ragged_prompt(models) -> None:
+    mask = shapes.text_only(models("llava"), 3, 5, ragged=True)["attention_mask"]
+    assert mask.tolist() == [[1] * 5, [0] + [1] * 4, [0] * 2 + [1] * 3]
+    assert shapes.text_only(models("llava"), 3, 1, ragged=True)["attention_mask"].all()
+    for batch, ragged in ((1, True), (3, False)):
+        assert "attention_mask" not in shapes.text_only(models("llava"), batch, 5, ragged=ragged)
 
 
 def test_text_only_has_no_placeholder(models) -> None:
@@ -205,6 +229,7 @@ def test_a_published_shape_runs_in_bfloat16() -> None:
         ("llava-1.5-7b:layers=many", "give layers=8"),
         ("llava-1.5-7b:depth=4", "'depth=4' in .* is not understood"),
         ("llava-1.5-7b:", "give layers=8"),
+        ("llava-1.5-7b:layers=2,vision=0", "'vision=0' in .* is not understood"),
     ],
 )
 def test_shapes_that_are_refused(name: str, message: str) -> None:

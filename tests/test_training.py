@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import oracle
 import pytest
 import tiny
 import torch
-from test_contract import FAMILIES, METHODS, batch, recipe_of, works
-from test_session import BOTH
+from test_contract import FAMILIES, METHODS, OBSERVED, batch, recipe_of, works
+from test_session import BOTH, attending
 from torch import Tensor
 
 import foveate
@@ -35,7 +36,7 @@ def right_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same batch with its padding at the end."""
     shift = (inputs["attention_mask"] == 0).sum(-1).tolist()
     rolled = {**inputs}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs:
             rows = zip(inputs[name], shift, strict=True)
             rolled[name] = torch.stack([row.roll(-n) for row, n in rows])
@@ -52,7 +53,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 def layers(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of the text model's layers."""
-    return {n: g for n, g in found.items() if "language_model.layers" in n}
+    return {n: g for n, g in found.items() if re.search(r"(language|text)_model\.layers", n)}
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
@@ -79,10 +80,9 @@ def test_dropping_equals_masking_in_the_loss(models, method: str, family: str) -
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OBSERVED)
 def test_either_padding_and_either_attention(family: str, side: str, implementation: str) -> None:
-    model = tiny.FAMILIES[family].build().train()
-    model.set_attn_implementation(implementation)
+    model = attending(family, implementation).train()
     inputs = batch(family, [2, 0, 1])
     inputs = inputs if side == "left" else right_padded(inputs)
     labels = answers(inputs)
@@ -109,7 +109,7 @@ def test_keep_all_is_the_untouched_model(models, method: str, family: str) -> No
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OBSERVED)
 def test_a_batch_is_the_weighted_mean_of_its_samples(models, family: str, side: str) -> None:
     """Every text row is learnt here, the first one of a sample excepted: nothing predicts it."""
     model, images = models(family), [2, 0, 1]

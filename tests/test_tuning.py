@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_contract import batch, state_of
+from test_contract import OBSERVED, batch, state_of
 from test_session import BOTH
 from test_training import answers, close, gradients
 
@@ -22,7 +22,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6")
 
 DOC = Path(__file__).parents[1] / "docs" / "tuning.md"
-LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+LINEARS = r".*(language|text)_model.*\.(q|k|v|o|gate|up|down|gate_up)_proj"
 
 
 def wrapped(model: Any, projector: str = "multi_modal_projector") -> Any:
@@ -38,10 +38,11 @@ def attached_to(model: Any) -> list[Any]:
     return [([len(h) for h in hooks], names) for _, hooks, names, *_ in state_of(model)]
 
 
-@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize("family", OBSERVED)
 def test_projector_and_deltas_learn_and_nothing_else(family: str) -> None:
     model, inputs = tiny.FAMILIES[family].build(), batch(family, [2, 0, 1])
-    tuned = wrapped(model, "merger" if family == "qwen2.5-vl" else "multi_modal_projector")
+    parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    tuned = wrapped(model, *({"multi_modal_projector", "merger", "connector"} & parts))
     with foveate.reduced(tuned, BOTH):
         found = gradients(tuned, tuned.train()(**inputs, labels=answers(inputs)).loss)
     trained = {name for name, p in tuned.named_parameters() if p.requires_grad}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,20 +14,64 @@ IMAGE, VIDEO, PAD = 90, 91, 0
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image or video: its ids in the prompt, tokens of each group, arguments from a seed."""
+
+    ids: Sequence[int]
+    groups: Sequence[int]
+    make: Callable[[int], dict[str, Any]]
+
+
+Shown = int | Sequence[str]  # what a sample shows: n ordinary images, or pictures by name
+
+
+def concatenated(samples: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The arguments of all pictures of all samples, one after the other."""
+    pictures = [picture for sample in samples for picture in sample]
+    names = dict.fromkeys(name for picture in pictures for name in picture)
+    return {name: torch.cat([p[name] for p in pictures if name in p]) for name in names}
+
+
+@dataclass(frozen=True)
 class Family:
     """A family's tiny model and how to make a prompt for it.
 
     Attributes:
         build: the model, in eval mode.
-        image_tokens: vision tokens of one image.
-        images: arguments of ``forward`` for n images.
+        image_tokens: vision tokens of one ordinary image.
+        images: arguments of ``forward`` for n ordinary images.
+        marks: further arguments (B, L), from the ids.
+        ids: the ids of an ordinary image, where they are not placeholders alone.
+        groups: the tokens of its groups, where it is not one.
+        collate: the arguments of a batch from those of each sample's pictures.
+        more: pictures besides the ordinary image.
+        turn: the pictures, by name, that n images are in turn.
+        mixed: batches of different pictures that the family takes in one call.
     """
 
     name: str
     build: Callable[[], Any]
     image_tokens: int
     images: Callable[[int, int], dict[str, Any]]
-    token_types: bool = False
+    marks: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {}
+    ids: Sequence[int] = ()
+    groups: Sequence[int] = ()
+    collate: Callable[[list[list[dict[str, Any]]]], dict[str, Any]] = concatenated
+    more: Mapping[str, Picture] = field(default_factory=dict)
+    turn: Sequence[str] = ("image",)
+    mixed: Sequence[Sequence[Sequence[str]]] = ()
+
+    def pictures(self, shown: Shown) -> list[Picture]:
+        """The pictures of one sample."""
+        ordinary = Picture(
+            self.ids or [IMAGE] * self.image_tokens,
+            self.groups or [self.image_tokens],
+            lambda seed: self.images(1, seed),
+        )
+        names = shown
+        if isinstance(shown, int):
+            names = [self.turn[i % len(self.turn)] for i in range(shown)]
+        return [{"image": ordinary, **self.more}[name] for name in names]
 
 
 def text_config(kind: str, **more: Any) -> dict[str, Any]:
@@ -101,19 +145,6 @@ def llava_siglip() -> Any:
     return _ready(LlavaForConditionalGeneration(config))
 
 
-def onevision() -> Any:
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-
-    config = LlavaOnevisionConfig(
-        vision_config=_clip("siglip_vision_model"),
-        text_config=text_config("qwen2"),
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]],
-    )
-    return _ready(LlavaOnevisionForConditionalGeneration(config))
-
-
 def internvl() -> Any:
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
@@ -168,14 +199,14 @@ def _pixels(side: int) -> Callable[[int, int], dict[str, Any]]:
     return images
 
 
-def _anyres(n: int, seed: int) -> dict[str, Any]:
-    sizes = torch.tensor([[48, 96]] * n)
-    return {"pixel_values": _noise(seed, n, 3, 3, 48, 48), "image_sizes": sizes}
-
-
 def _qwen(n: int, seed: int) -> dict[str, Any]:
     grid = torch.tensor([[1, 12, 12]] * n)
     return {"pixel_values": _noise(seed, n * 144, 3 * 2 * 4 * 4), "image_grid_thw": grid}
+
+
+def modalities(ids: Tensor) -> dict[str, Tensor]:
+    """What M-RoPE is made from: 1 for images, 2 for video."""
+    return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
 def _noise(seed: int, first: int, *shape: int) -> Tensor:
@@ -193,35 +224,45 @@ FAMILIES = {
         Family("llava", llava, 36, _pixels(48)),
         Family("llava-dinov2", llava_dino, 49, _pixels(56)),
         Family("llava-siglip", llava_siglip, 36, _pixels(48)),
-        Family("llava-onevision", onevision, 36 + 72 + 6, _anyres),
         Family("internvl", internvl, 16, _pixels(64)),
-        Family("qwen2.5-vl", qwen2_5_vl, 36, _qwen, token_types=True),
+        Family("qwen2.5-vl", qwen2_5_vl, 36, _qwen, modalities),
     )
 }
 
 
-def prompt(family: Family, images: list[int], *, seed: int = 0, text: int = 6) -> dict[str, Any]:
-    """A left-padded batch; sample b has ``images[b]`` images and some text before and after.
+def prompt(
+    family: Family, images: Sequence[Shown], *, seed: int = 0, text: int = 6
+) -> dict[str, Any]:
+    """A left-padded batch; sample b shows ``images[b]``, with some text before and after.
 
     Image and text contents depend on (seed, sample, image) only, so sample b alone is
     ``prompt(family, [images[b]], seed=seed + 10 * b)``.
     """
-    rows, pictures = [], []
-    for b, n in enumerate(images):
-        own = seed + 10 * b
+    rows, samples = [], []
+    for b, shown in enumerate(images):
+        own, pictures = seed + 10 * b, family.pictures(shown)
         draw = torch.Generator().manual_seed(own)
         ids = torch.randint(3, 80, (3 + text + own % 4,), generator=draw).tolist()
-        for i in range(n):
-            ids[2:2] = [IMAGE] * family.image_tokens + ([5] if i else [])
+        ids[2:2] = [i for p in pictures for i in (5, *p.ids)][1:]
         rows.append(ids)
-        pictures += [family.images(1, own + i) for i in range(n)]
+        samples.append([p.make(own + i) for i, p in enumerate(pictures)])
     width = max(map(len, rows))
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor([[PAD] * (width - len(ids)) + ids for ids in rows]),
         "attention_mask": torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in rows]),
     }
-    for name in pictures[0] if pictures else ():
-        inputs[name] = torch.cat([p[name] for p in pictures])
-    if family.token_types:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    return inputs
+    if any(samples):
+        inputs |= family.collate(samples)
+    return inputs | family.marks(inputs["input_ids"])
+
+
+# Further families; they use what is above.
+import tiny_generic  # noqa: E402
+import tiny_masks  # noqa: E402
+import tiny_rope  # noqa: E402
+import tiny_tiles  # noqa: E402
+
+FAMILIES |= tiny_rope.FAMILIES
+FAMILIES |= tiny_masks.FAMILIES
+FAMILIES |= tiny_generic.FAMILIES
+FAMILIES |= tiny_tiles.FAMILIES

@@ -7,6 +7,7 @@ every row, and an encoder used so (SigLIP) has none.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -21,12 +22,23 @@ class Llava(Adapter):
     family: ClassVar[str] = "LLaVA-1.5"
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
 
+    def tower(self, model: nn.Module, modality: str) -> nn.Module:
+        """The vision encoder of a modality."""
+        return cast(nn.Module, self.base(model).vision_tower)
+
+    def has_cls(self, model: nn.Module, call: Mapping[str, Any]) -> bool:
+        """Whether the encoder's first row is [CLS], which the LLM does not get."""
+        strategy = call.get("vision_feature_select_strategy")
+        return (strategy or cast(Any, model.config).vision_feature_select_strategy) == "default"
+
+    def stride(self, model: nn.Module) -> int:
+        """Side of the square of patches that becomes one token."""
+        return 1
+
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
-        strategy = call.get("vision_feature_select_strategy")
-        strategy = strategy or cast(Any, model.config).vision_feature_select_strategy
-        return whole_images(seen, has_cls=strategy == "default")
+        return whole_images(seen, has_cls=self.has_cls(model, call), stride=self.stride(model))
 
     def shrink(
         self,
@@ -36,12 +48,15 @@ class Llava(Adapter):
         shape: Shrink,
         count: Callable[[int], int],
     ) -> Shrunk:
-        tower = cast(nn.Module, self.base(model).vision_tower)
-        patch = cast(Any, tower.config).patch_size
+        tower = self.tower(model, modality)
+        stride = self.stride(model)
+        step = cast(Any, tower.config).patch_size * stride
         pixels = call["pixel_values"]
-        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        grid = (pixels.shape[-2] // step, pixels.shape[-1] // step)
         small = shape(grid, count(grid[0] * grid[1]))
-        smaller = {**call, "pixel_values": resized(pixels, small[0] * patch, small[1] * patch)}
+        if stride > 1:  # pixel shuffle takes squares only
+            small = (math.isqrt(math.prod(small)),) * 2
+        smaller = {**call, "pixel_values": resized(pixels, small[0] * step, small[1] * step)}
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
             smaller["interpolate_pos_encoding"] = (
                 True  # CLIP and SigLIP ask; DINOv2 does it unasked

@@ -47,18 +47,22 @@ class Qwen25VL(Adapter):
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
         visual = cast(Any, self.base(model)).visual
-        back = _window_order(visual, call[f"{modality}_grid_thw"]).argsort()
+        back = self.raster(visual, call[f"{modality}_grid_thw"])
         sizes = [h * w // 4 for t, h, w in _grid(modality, call) for _ in range(t)]
 
         def tokens(name: str) -> list[Tensor]:
             rows = torch.cat([getattr(s, name)[0] for s in seen], dim=1)  # (H, patches, d)
-            pooled = rows.unflatten(1, (-1, visual.spatial_merge_unit)).mean(2)
-            return list(torch.split(pooled[:, back], sizes, dim=1))
+            pooled = rows.unflatten(1, (-1, 4)).mean(2)
+            return list(torch.split(pooled if back is None else pooled[:, back], sizes, dim=1))
 
         return [
             Observed(q, k, torch.arange(q.shape[1], device=q.device), None, seen[0].scale)
             for q, k in zip(tokens("q"), tokens("k"), strict=True)
         ]
+
+    def raster(self, visual: Any, grid_thw: Tensor) -> Tensor | None:
+        """The place in window order of each token, (tokens,); None where there are no windows."""
+        return _window_order(visual, grid_thw).argsort()
 
     def shrink(
         self,

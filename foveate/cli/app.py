@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import shlex
@@ -19,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from foveate import catalogue, loading
-from foveate.cli import options, search, tables
+from foveate.cli import bench, options, search, tables
 from foveate.cli.options import (
     Batch,
     Data,
@@ -144,7 +143,11 @@ def demo(
     """
     from foveate import demo as leaf
 
-    made = _recipes(recipe, keep) if recipe else leaf.recipes(leaf.KEEP if keep is None else keep)
+    made = (
+        options.recipes(recipe, keep)
+        if recipe
+        else leaf.recipes(leaf.KEEP if keep is None else keep)
+    )
     options.no_shape(model, "demo")
     leaf.ready(output)
     loaded, processor = options.load(model, dtype, device, threads, made)
@@ -182,7 +185,7 @@ def ask(
     from foveate.ask import answers, prepare
     from foveate.bench import about
 
-    opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
+    opened, made = loading.picture(image), options.recipes(recipe or ["aim"], keep)
     options.no_shape(model, "ask")
     loaded, processor = options.load(model, dtype, device, threads, made)
     given = prepare(loaded, processor, opened, question)
@@ -217,7 +220,7 @@ def trace(
     from foveate.ask import answers, prepare
     from foveate.trace import draw, layers_worth_drawing, panel, ready
 
-    opened, made = loading.picture(image), _recipes(recipe or ["aim"], keep)
+    opened, made = loading.picture(image), options.recipes(recipe or ["aim"], keep)
     options.no_shape(model, "trace")
     wanted = _numbers(layers)
     ready(output)
@@ -237,56 +240,7 @@ def trace(
     options.write(json_file, {"model": model, "image": str(image), "alive": alive})
 
 
-@app.command()
-def bench(
-    model: Model = "shape:llava-onevision-0.5b",
-    recipe: Recipes = None,
-    keep: Keep = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")] = 1,
-    images: Annotated[int, typer.Option("--images", min=1, help="Images of each prompt.")] = 1,
-    frames: Annotated[
-        int, typer.Option("--frames", min=0, help="Frames of a video instead of images.")
-    ] = 0,
-    image_size: Annotated[
-        str, typer.Option("--image-size", help="WIDTHxHEIGHT; default: the encoder's own.")
-    ] = "",
-    text_tokens: Annotated[int, typer.Option("--text-tokens", min=2, help="Of each prompt.")] = 40,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens decoded.")] = 32,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds.")] = 5,
-    warmup: Annotated[int, typer.Option("--warmup", min=1, help="Untimed rounds.")] = 1,
-    identity: Annotated[
-        bool, typer.Option(help="A row with everything armed and nothing reduced.")
-    ] = True,
-    attainable: Annotated[
-        bool, typer.Option(help="Time the untouched model at every length that occurs.")
-    ] = True,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    json_file: Json = None,
-    csv_file: Annotated[
-        Path | None,
-        typer.Option("--csv", callback=options.writable, help="Append the rows to a CSV file."),
-    ] = None,
-) -> None:
-    """Time the untouched model and recipes by stage, side by side in one run."""
-    from foveate import bench as leaf
-    from foveate.shapes import Prompt
-
-    made = _recipes(recipe or ["aim", "fastv", "prumerge"], keep)
-    prompt = Prompt(batch, images, frames, text_tokens, _size(image_size))
-    settings = leaf.Settings(new_tokens, repeats, warmup, identity, attainable)
-    loaded, _ = options.load(model, dtype, device, threads, made)
-    with options.progress() as bar:
-        task = bar.add_task("warming up", total=None)
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        result = leaf.bench(loaded, made, prompt, settings, name=model, progress=progress)
-    tables.console().print(tables.bench(result))
-    options.write(json_file, result)
-    _append(csv_file, result)
+app.command("bench")(bench.command)
 
 
 @app.command("eval")
@@ -406,19 +360,11 @@ def models(json_file: Json = None) -> None:
     options.write(json_file, {"rows": rows})
 
 
-def _recipes(given: Sequence[str], keep: float | None) -> dict[str, Recipe]:
-    """The recipes of the command line, by the text that names them."""
-    made = {text: parse(text, None if finished(text) else keep) for text in given}
-    if keep is not None and all(map(finished, given)):
-        parse(given[0], keep)  # refuses a budget for a finished recipe
-    return made
-
-
 def _budgeted(given: Sequence[str], keep: str) -> dict[str, Recipe]:
     """The recipes of ``eval``: every preset at each budget, finished recipes as they are."""
     budgets = [part.strip() for part in keep.split(",") if part.strip()]
     if not budgets:
-        return _recipes(given, None)
+        return options.recipes(given, None)
     if not given:
         raise ValueError(f"--keep {keep} says what each --recipe keeps, and none is given.")
     if all(map(finished, given)):
@@ -457,39 +403,8 @@ def _digests(names: Iterable[str]) -> dict[str, str]:
     return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:12] for f in files}
 
 
-def _size(text: str) -> tuple[int, int] | None:
-    """``WIDTHxHEIGHT`` to (height, width)."""
-    if not text:
-        return None
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise ValueError(f"--image-size is {text!r}; give WIDTHxHEIGHT, for example 640x480.")
-    return int(height), int(width)
-
-
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--layers is {text!r}; give layer numbers, such as 0,8,16.") from None
-
-
-def _append(path: Path | None, result: Mapping[str, Any]) -> None:
-    """One line per row; values that are lists or objects stay out."""
-    if path is None:
-        return
-    common = {key: result[key] for key in ("model", "device", "dtype", "threads")}
-    rows = [
-        common | {k: v for k, v in row.items() if not isinstance(v, dict | list)}
-        for row in result["rows"]
-    ]
-    names = list(rows[0])
-    with path.open("a+", newline="") as file:
-        file.seek(0)
-        known = next(csv.reader(file), names)
-        if set(known) != set(names):
-            raise ValueError(f"{path} has other columns than this version writes; name a new file.")
-        writer = csv.DictWriter(file, fieldnames=known)
-        if file.seek(0, os.SEEK_END) == 0:
-            writer.writeheader()
-        writer.writerows(rows)

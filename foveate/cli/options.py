@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import foveate
 from foveate import loading
 from foveate.cli import tables
-from foveate.recipe import Recipe
+from foveate.recipe import Recipe, finished, parse
 
 if TYPE_CHECKING:
     from foveate.tasks import Task
@@ -67,6 +67,14 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threa
 Output = Annotated[
     Path, typer.Option("-o", "--output", callback=writable, help="The picture to write.")
 ]
+
+
+def recipes(given: Sequence[str], keep: float | None) -> dict[str, Recipe]:
+    """The recipes of the command line, by the text that names them."""
+    made = {text: parse(text, None if finished(text) else keep) for text in given}
+    if keep is not None and all(map(finished, given)):
+        parse(given[0], keep)  # refuses a budget for a finished recipe
+    return made
 
 
 def tasks(given: Sequence[str], **how: Any) -> dict[str, Task]:

@@ -56,15 +56,20 @@ def _answer(row: Row, dense: Row) -> Iterable[RenderableType]:
 
 def bench(result: Row) -> RenderableType:
     """Stages, then what was gained against what could be; a column a recipe, five at a time."""
-    prompt, rows = result["prompt"], result["rows"]
+    prompt = result["prompt"]
     items = f"{prompt['frames']} frames" if prompt["frames"] else f"{prompt['images']} image(s)"
-    title = (
-        f"{result['model']} on {result['device']}, {result['dtype']}: batch {prompt['batch']}, "
-        f"{items}, {rows[0]['prompt_tokens']} tokens"
-    )
-    parts = [rows[i : i + _ABREAST] for i in range(0, len(rows), _ABREAST)]
+    ragged = ", ragged" if prompt["ragged"] else ""
+    parts: list[RenderableType] = []
+    for batch in prompt["batch"]:
+        rows = [row for row in result["rows"] if row["batch"] == batch]
+        head = (
+            f"{result['model']} on {result['device']}, {result['dtype']}: batch {batch}{ragged}, "
+            f"{items}, {rows[0]['prompt_tokens']} tokens"
+        )
+        some = [rows[i : i + _ABREAST] for i in range(0, len(rows), _ABREAST)]
+        parts += [Text(head, "bold"), *map(_stages, some)]
     notes = [*result["verdicts"], _legend(result)]
-    return Group(Text(title, "bold"), *map(_stages, parts), *(Text(note) for note in notes))
+    return Group(*parts, *map(_profile, result["profiles"]), *(Text(note) for note in notes))
 
 
 def _stages(rows: Sequence[Row]) -> Table:
@@ -74,6 +79,23 @@ def _stages(rows: Sequence[Row]) -> Table:
         table.add_column(row["recipe"], style="cyan", justify="right", overflow="fold")
     for name, said in _STAGES.items():
         table.add_row(name, *(said(row) for row in rows), end_section=name in _LAST)
+        if name == _BEFORE_ANSWERS:
+            for place, answer in enumerate(rows[0]["answers"]):
+                each = [row["answers"][place] for row in rows]
+                label = f"{answer['new_tokens']} tokens s"
+                table.add_row(label, *(f"{one['total_ms'] / 1e3:.2f}" for one in each))
+                table.add_row("  tokens/s", *(f"{one['tokens_per_s']:.1f}" for one in each))
+            table.add_section()
+    return table
+
+
+def _profile(found: Row) -> Table:
+    """Where the time of a row goes that missed its goal."""
+    table = _numbers(
+        f"{found['recipe']}, batch {found['batch']}: one prompt", "calls", "ms", "share", first="op"
+    )
+    for op in found["ops"]:
+        table.add_row(op["op"], str(op["calls"]), f"{op['ms']:.1f}", f"{op['share']:.0%}")
     return table
 
 
@@ -90,7 +112,8 @@ def _legend(result: Row) -> str:
     return (
         "prefill = one forward without vision encoder, projector and lm_head, reducing included; "
         "vision tokens are layer averages; attainable = what the untouched model needs at "
-        "the same lengths; efficiency = attainable ÷ prefill. Medians of "
+        "the same lengths; efficiency = attainable ÷ prefill; FLOPs: of the prompt in the text "
+        "model, every product counted, and by the papers' formula 4nd² + 2n²d + 2ndm. Medians of "
         f"{result['settings']['repeats']} interleaved rounds."
     )
 
@@ -238,17 +261,22 @@ _STAGES: Mapping[str, Callable[[Row], str]] = {
     "vision tokens": lambda row: f"{row['vision_tokens']:.0f}",
     "KV MiB": lambda row: _mebi(row["kv_bytes"]),
     "peak MiB": lambda row: _mebi(row["peak_bytes"]),
+    "  of the prompt": lambda row: _mebi(row["prefill_peak_bytes"]),
     "vision ms": lambda row: f"{row['vision_ms']:.1f}",
     "prefill ms": lambda row: f"{row['prefill_ms']:.1f}",
     "  ± half IQR": _half_spread,
     "  reducing ms": lambda row: f"{row['reduce_ms']:.1f}",
+    "first token ms": lambda row: f"{row['ttft_ms']:.1f}",
     "decode ms": lambda row: f"{row['decode_ms']:.1f}",
     "speed-up": lambda row: f"{row['speedup']:.2f}×",
     "FLOPs limit": lambda row: f"{row['limit']:.2f}×",
     "attainable ms": lambda row: _maybe(row["attainable_ms"], 1),
     "efficiency": lambda row: _maybe(row["efficiency"], 2),
+    "GFLOPs": lambda row: f"{row['flops'] / 1e9:,.0f}",
+    "  by the papers": lambda row: f"{row['paper_flops'] / 1e9:,.0f}",
 }
-_LAST = ("peak MiB", "decode ms")  # a line below these
+_LAST = ("  of the prompt", "efficiency")  # a line below these
+_BEFORE_ANSWERS = "decode ms"
 _SCORED = (
     "− dense: percentage points over the same examples, with a paired bootstrap's 95 % interval; "
     "*: significant at the 95 % level, by McNemar's exact test where answers are right or wrong; "

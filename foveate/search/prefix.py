@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import foveate
 from foveate.adapter import Seen, family, text_shape, vision_rows
-from foveate.prompt import Flags, Pass
+from foveate.prompt import Flags, Pass, deepstacked
 from foveate.recipe import Recipe
 from foveate.reducer import Reducer, Tokens
 from foveate.report import Report
@@ -143,6 +143,11 @@ class Runner:
         flat = self.recipe([self.keep] * self.shape.layers, None)
         found: list[tuple[Tensor, dict[str, Any], Pass | None]] = []
         with ExitStack() as stack:
+            given: dict[str, Any] = {}
+            spy = self.text.register_forward_pre_hook(
+                lambda _, args, kwargs: given.update(kwargs), with_kwargs=True
+            )
+            stack.callback(spy.remove)
             if self.entrance is not None:
                 stack.enter_context(foveate.reduced(self.model, flat))
             for layer in self.layers:
@@ -150,7 +155,7 @@ class Runner:
                 stack.callback(vars(layer).pop, "forward")
             self.model(**batch.inputs, use_cache=False, logits_to_keep=1)
         hidden, _, rows = found[0]
-        rows = self._rows(batch, hidden, flat) if rows is None else rows
+        rows = self._rows(batch, given, flat) if rows is None else rows
         answers = batch.answer.shape[1]
         plain = {f.name: getattr(rows, f.name) for f in fields(Pass)}
         plain["instruction"] = [n - answers for n in rows.instruction]
@@ -173,12 +178,17 @@ class Runner:
         """The last hidden states (B, rows, D) with nothing cut inside."""
         return self.run(state, self.recipe([self.keep] * self.shape.layers, None)).hidden
 
-    def _rows(self, batch: Batch, hidden: Tensor, recipe: Recipe) -> Pass:
-        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+    def _rows(self, batch: Batch, given: dict[str, Any], recipe: Recipe) -> Pass:
+        """All rows; ``given`` are the text model's arguments."""
+        adapter, ids = family(self.model), batch.inputs["input_ids"]
+        mask = batch.inputs["attention_mask"].bool()
         flags = Flags(mask.cpu(), (vision_rows(self.model, ids) & mask).cpu())
-        given = {"inputs_embeds": hidden}
-        config = self.text.config
-        return Pass.begin(recipe, Report(self.shape), config, None, flags, [0], None, [None], given)
+        config, blocks = self.text.config, adapter.blocks(batch.inputs)
+        report = Report(self.shape)
+        rows = Pass.begin(recipe, report, config, None, flags, [0], None, [None], given, blocks)
+        if adapter.deepstack:
+            _, rows.deepstack = deepstacked(given)
+        return rows
 
     @torch.no_grad()
     def run(self, state: State, recipe: Recipe, stop: int | None = None) -> State:
@@ -198,15 +208,16 @@ class Runner:
             masks=[],
             seen={state.layer - 1: state.seen} if state.seen else {},
             segment=dict(state.rows.segment),
+            tables={},
         )
         hidden = state.hidden
         with self._watching(recipe, range(state.layer, stop), rows.seen):
             for index in range(state.layer, stop):
                 given = state.given[index]
                 if index in cuts:
-                    rows.segment.setdefault("position_embeddings", given["position_embeddings"])
                     hidden = rows.cut(hidden, index)
-                hidden = _first(self.layers[index](hidden, **{**given, **rows.segment}))
+                hidden = _first(self.layers[index](hidden, **rows.given(given)))
+                hidden = rows.stacked(hidden, index)
                 self.flops += sum(self.shape.layer_flops(n) for n in rows.lengths)
         seen = rows.seen.pop(stop - 1, None)
         rows.report = Report(self.shape)  # what a report remembers of rows cannot go into a file
@@ -233,8 +244,7 @@ class Runner:
         """(B, A, V) what is predicted where the answers stand."""
         answers = batch.answer.shape[1]
         rows = cast(nn.Module, self.text.norm)(hidden[:, -answers - 1 : -1])
-        head = cast(Any, self.model).get_output_embeddings()
-        return cast(Tensor, head(rows)).float()
+        return family(self.model).head(self.model, rows).float()
 
 
 def _first(output: Any) -> Tensor:
