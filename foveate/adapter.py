@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,25 @@ class Adapter(ABC):
     def vision_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
         """The attention modules to watch: one, or one of each encoder where there are several."""
         return [self.vision_attention(model)]
+
+    def feature_attention(self, model: nn.Module, last: nn.Module) -> nn.Module:
+        """The attention module of the encoder layer whose output the model takes as features.
+
+        Args:
+            last: that of the encoder's last layer, which it is unless ``vision_feature_layer``
+                names another.
+        """
+        layer = getattr(model.config, "vision_feature_layer", -1)
+        if not isinstance(layer, int) or layer in (-1, 0):  # several layers, or none
+            return last
+        name = next(name for name, module in model.named_modules() if module is last)
+        numbered = re.fullmatch(r"(.*)\.(\d+)\.(.*)", name)  # encoder.layers.23.self_attn
+        if numbered is None:
+            return last
+        head, index, tail = numbered.groups()
+        # Feature 0 are the embeddings, so feature n > 0 leaves layer n - 1.
+        place = layer - 1 if layer > 0 else int(index) + 1 + layer
+        return model.get_submodule(f"{head}.{place}.{tail}")
 
     def projector(self, model: nn.Module) -> nn.Module:
         """The module whose input are the encoder's features; used where ``aligned``."""

@@ -373,6 +373,7 @@ class Pass:
             scale=seen.scale,
             causal=True,
             instruction=tuple(self.instruction),
+            hidden=hidden,
         )
 
     def cut(self, hidden: Tensor, layer: int) -> Tensor:
@@ -478,6 +479,7 @@ def _members(tokens: Tokens, members: Sequence[int], size: int) -> Tokens:
         scale=tokens.scale,
         causal=tokens.causal,
         instruction=tokens.instruction and tuple(tokens.instruction[m] for m in members),
+        hidden=some(tokens.hidden),
     )
 
 

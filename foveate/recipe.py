@@ -142,7 +142,8 @@ def recipe(
     Args:
         name: ``aim``, ``gsearch-llava-1.5-7b``, or a reducer: ``prumerge``, ``fastv``, ``pool``, …
             (see ``foveate methods``). A reducer that acts before the LLM is used at the entrance;
-            one that acts inside it prunes once, before layer 2 (``before=`` says another).
+            one that acts inside it prunes once, before layer 2 (``before=`` says another). One that
+            can do both is used inside where ``before=`` is given.
         keep: fraction of vision tokens kept, in (0, 1]; 1.0 leaves the model untouched. For ``aim``
             it is what the merge keeps (the ramp then prunes on), for a published curve the
             layer-averaged fraction. None means the method's own default.
@@ -208,7 +209,7 @@ def _single(name: str, keep: float | None, knobs: dict[str, Any]) -> Recipe:
     known = discover()
     if name not in known:
         raise ValueError(unknown("preset or reducer", name, {**PRESETS, **known}))
-    if known[name].site == "layers":
+    if known[name].site == "layers" or (known[name].site == "tokens" and "before" in knobs):
         before = knobs.pop("before", 2)
         if not isinstance(before, int) or before < 1:
             raise ValueError(

@@ -54,6 +54,8 @@ class Tokens:
         instruction: per sample, how many text rows follow the last vision token; they are the last
             rows of L. None at the entrance, where there is no text.
         grid: (height, width) when the tokens are a full raster of that size, else None.
+        hidden: the vectors of all rows, ``(B, L, D)``, of which x are those at ``at``; None at the
+            entrance, where q and k are the encoder's.
     """
 
     x: Tensor
@@ -67,6 +69,7 @@ class Tokens:
     cls: int | None = None
     instruction: tuple[int, ...] | None = None
     grid: tuple[int, int] | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ class Reducer(ABC):
             projector), ``tokens`` (after it, and inside the LLM too), ``layers`` (only inside the
             LLM).
         needs_attention: whether it reads ``q`` and ``k``.
+        encoder: which attention of the vision encoder it reads at the entrance: ``last``, or
+            ``features``, that of the layer whose output the model takes as features (LLaVA's last
+            but one).
         adaptive: whether it can choose its own count, when the budget is None.
         ragged: whether one call takes groups of different sizes and budgets; where it is False the
             caller makes one call for each distinct (N, budget).
@@ -105,6 +111,7 @@ class Reducer(ABC):
     name: ClassVar[str]
     site: ClassVar[str] = "tokens"
     needs_attention: ClassVar[bool] = False
+    encoder: ClassVar[str] = "last"
     adaptive: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
 
@@ -149,10 +156,20 @@ class Scorer(Reducer):
 
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Keep the ``budget[b]`` tokens with the highest scores, in raster order."""
-        if budget is None:
-            raise ValueError(f"{self.name} needs a budget; it cannot choose its own count.")
+        wanted = needed(self.name, budget)
         with torch.no_grad():  # ranks have no gradient, so training need not remember the scores
-            return top(self.score(tokens), tokens.valid, budget)
+            return top(self.score(tokens), tokens.valid, wanted)
+
+
+def needed(name: str, budget: Sequence[int] | None) -> Sequence[int]:
+    """The budget, for a method that cannot do without.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if budget is None:
+        raise ValueError(f"{name} needs a budget; it cannot choose its own count.")
+    return budget
 
 
 def top(score: Tensor, valid: Tensor, budget: Sequence[int]) -> Reduction:
@@ -160,13 +177,18 @@ def top(score: Tensor, valid: Tensor, budget: Sequence[int]) -> Reduction:
 
     A stable sort and not topk, so that ties are decided alike on every device and batch.
     """
-    width, size = max(budget, default=0), score.shape[1]
-    count = torch.tensor(list(budget), dtype=torch.long)
     order = score.masked_fill(~valid, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return leading(order, score.shape[1], budget)
+
+
+def leading(order: Tensor, size: int, budget: Sequence[int]) -> Reduction:
+    """The first ``budget[b]`` slots of each row of ``order`` (B, ≥ K), of ``size``, ascending."""
+    width = max(budget, default=0)
+    count = torch.tensor(list(budget), dtype=torch.long)
     keep = order[:, :width]
     if min(budget, default=0) < width:  # ragged: push what is over the budget behind the rest
-        rank = torch.arange(width, device=score.device)
-        keep = keep.masked_fill(rank >= count.to(score.device, non_blocking=True)[:, None], size)
+        rank = torch.arange(width, device=order.device)
+        keep = keep.masked_fill(rank >= count.to(order.device, non_blocking=True)[:, None], size)
     return Reduction(keep=keep.sort(dim=-1).values.clamp(max=size - 1), count=count)
 
 

@@ -37,6 +37,7 @@ from foveate.prompt import (
     two_d,
 )
 from foveate.recipe import Recipe
+from foveate.reducer import Reducer
 from foveate.report import Report
 from foveate.watch import Watch
 
@@ -197,7 +198,10 @@ class Session:
                 f"needs the encoder's attention, and {self.adapter.blind}. Use a method that needs "
                 "none, such as pool or aim-merge-tokens, or one inside the LLM, such as fastv."
             )
-        return self.adapter.vision_attentions(self.model)
+        last = self.adapter.vision_attentions(self.model)
+        if cast(Reducer, self.recipe.entrance).encoder == "last":
+            return last
+        return [self.adapter.feature_attention(self.model, module) for module in last]
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)

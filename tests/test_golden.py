@@ -22,10 +22,13 @@ from torch import Tensor
 
 from foveate.ops.attention import cls_attention
 from foveate.ops.bipartite import match, merge
+from foveate.ops.diversity import cosines, dpp, least_alike, max_min, unit
 from foveate.ops.outliers import outlier_count, outlier_ratio
 from foveate.ops.pagerank import pagerank
 from foveate.ops.prumerge import Image, Rule, leftover, neighbourhood
 from foveate.reducer import Reduction, Scorer, Tokens, discover, reducer, top
+from foveate.reducers.cdpruner import stretched
+from foveate.reducers.dart import Dart
 from foveate.schedule import Schedule
 
 np = pytest.importorskip("numpy")
@@ -43,10 +46,18 @@ DEPARTURES = {
     "dead rows vote": "released rows of pruned tokens vote on, being only masked; ours are gone: "
     "checked through pagerank(), whose voters are all rows unless told",
     "at least one": "Schedule.count keeps one token while alive > 0; released int() can give none",
+    "[CLS]": "VisionZip hands [CLS] to the LLM as one dominant token; ours counts patches only",
+    "same token": "DivPrune picks a token again where vectors are equal; ours never does: checked "
+    "are the directions it picked",
+    "batch of crops": "CDPruner stretches relevance over all crops together, ours crop by crop: "
+    "checked through dpp() with the released relevance",
+    "text tower": "CDPruner's relevance is that of CLIP's text tower; ours is attention: as above",
+    "set order": "DART takes pivots in the order of a Python set, ours by key size, and gives each "
+    "int(budget / pivots), ours shares that meet the budget: checked through least_alike()",
 }
 # Below it, squares are subnormal in float32 and the root mean square has no digits left.
 TINY = 1e-19
-LATER = ("cdpruner", "dart", "divprune", "pyramiddrop", "sparsevlm", "visionzip")
+LATER = ("pyramiddrop", "sparsevlm")
 
 
 def folder() -> Path:
@@ -451,15 +462,129 @@ def whole(row: Tensor, begin: int, size: int) -> Tensor:
     return whole
 
 
+# --- VisionZip ------------------------------------------------------------------------------------
+
+
+def check_visionzip(case: Case) -> None:
+    """Through the method, of whose [CLS] attention and keys q and k are made."""
+    rows, hidden, metric = case["in.cls_attn"], case["in.hidden"], case["in.metric"]
+    dominant, contextual = int(case["param.dominant"]), int(case["param.contextual"])
+    groups, count, length = rows.shape
+    # As many heads again attend to nothing and undo what the others add to the mean key.
+    logits = whole(rows.double(), 1, length - 1).log()
+    logits = torch.cat((logits, -logits), dim=1)[..., None]
+    keys = metric.double()[:, None].expand(-1, 2 * count, -1, -1)
+    k = torch.cat((logits, keys), dim=-1)
+    q = torch.zeros_like(k)
+    q[:, :count, :, 0] = 1
+    tokens = Tokens(
+        x=hidden[:, 1:],
+        valid=torch.ones(groups, length - 1, dtype=torch.bool),
+        q=q,
+        k=k,
+        at=torch.arange(1, length).expand(groups, -1),
+        rows=torch.ones(groups, length, dtype=torch.bool),
+        cls=0,
+    )
+    budget = dominant + contextual
+    method = reducer("visionzip", contextual=contextual / budget)
+    done = method.reduce(tokens, [budget] * groups)
+    assert done.x is not None and done.group is not None
+    # DEPARTURES["[CLS]"]: row 0 there
+    assert torch.equal(
+        done.keep[:, :dominant] + 1, case["out.all_indices"][:, 1:].sort(dim=-1).values
+    )
+    close(done.x, case["out.tokens"][:, 1:])
+    for b, kept in enumerate(done.keep.tolist()):
+        rest = [j for j in range(length - 1) if j not in kept[:dominant]]
+        assert kept[dominant:] == [rest[i] for i in case["mid.target_indices"].tolist()]
+        others = [j for j in rest if j not in kept]
+        assert (done.group[b, others] - dominant).tolist() == case["mid.assign"][b].tolist()
+
+
+# --- DivPrune, CDPruner, DART ---------------------------------------------------------------------
+
+
+def plain(x: Tensor) -> Tokens:
+    """Vectors (B, N, D) and nothing else."""
+    return Tokens(x=x, valid=torch.ones(x.shape[:2], dtype=torch.bool))
+
+
+def check_divprune(case: Case) -> None:
+    x, order = case["in.x"][None], case["out.order"]
+    tokens, count = plain(x), len(order)
+    assert count == round(float(case["param.ratio"]) * x.shape[1])
+    ours = max_min(cosines(x), tokens.valid, count)[0]
+    kept = reducer("divprune").reduce(tokens, [count]).keep[0]
+    assert torch.equal(kept, ours.sort().values)
+    if "duplicates" in case.name:  # DEPARTURES["same token"]
+        assert len(set(ours.tolist())) == count
+        same = cosines(x)[0][order][:, ours] > 1 - 1e-5
+        assert bool(same.any(dim=0).all()) and bool(same.any(dim=1).all())
+        return
+    assert torch.equal(ours, order)
+    assert torch.equal(kept, case["out.sorted"])
+
+
+def check_cdpruner(case: Case) -> None:
+    """DEPARTURES["batch of crops"] and ["text tower"]."""
+    x, mask, count = case["in.feat"], case["out.mask"], int(case["param.T"])
+    valid = torch.ones_like(mask)
+    likeness = unit(case["in.image_embeds"]) @ unit(case["in.text_embeds"]).mT
+    flat = stretched(-likeness.mean(dim=-1).flatten()[None], valid.flatten()[None])
+    close(flat.view(mask.shape), case["mid.relevance"])
+    picks = dpp(cosines(x), case["mid.relevance"], valid, count)
+    assert torch.equal(torch.zeros_like(mask).scatter(1, picks, True), mask)
+    if "out.select_idx" in case:
+        assert torch.equal(picks.sort(dim=-1).values, case["out.select_idx"].view_as(picks))
+
+
+def check_dart(case: Case) -> None:
+    """DEPARTURES["set order"]: its pivots and their order, and what they take."""
+    hidden, keys = case["in.hidden"], case["in.keys"]
+    first, size = int(case["param.start"]), int(case["param.n"])
+    images, texts = int(case["param.pivot_image"]), int(case["param.pivot_text"])
+    wanted = case["out.kept"] - first
+    tokens = Tokens(
+        x=hidden[:, first : first + size],
+        valid=torch.ones(1, size, dtype=torch.bool),
+        q=keys,
+        k=keys,
+        at=torch.arange(first, first + size)[None],
+        rows=torch.ones(1, hidden.shape[1], dtype=torch.bool),
+        causal=True,
+        instruction=(hidden.shape[1] - first - size,),
+        hidden=hidden,
+    )
+    method = reducer("dart", image_pivots=images, text_pivots=texts)
+    assert isinstance(method, Dart)
+    spoken, _ = method.spoken(tokens, keys.abs().sum(dim=(1, 3)))
+    pivots = method.reduce(tokens, [images]).keep[0].tolist()  # no budget for others
+    order = list({*(first + j for j in pivots), *spoken[0].tolist()})
+    each, over = divmod(len(wanted) - images, images + texts)
+    assert not over and len(wanted) <= size
+    chosen = torch.zeros(1, size, dtype=torch.bool)
+    chosen[0, pivots] = True
+    cosine = unit(hidden[:, order]) @ unit(tokens.x).mT
+    taken = least_alike(cosine, ~chosen, torch.full((1, len(order)), each))
+    assert (chosen | taken)[0].nonzero().flatten().tolist() == wanted.tolist()
+    kept = set(method.reduce(tokens, [len(wanted)]).keep[0].tolist())
+    assert len(kept) == len(wanted) and kept >= set(pivots)
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "aim_importance": check_importance,
     "aim_merge": check_merge,
     "aim_schedule": check_schedule,
+    "cdpruner": check_cdpruner,
+    "dart": check_dart,
+    "divprune": check_divprune,
     "fastv": check_fastv,
     "prumerge_base": check_base,
     "prumerge_outlier": check_outliers,
     "prumerge_plus": check_plus,
     "prumerge_siglip_video": check_video,
+    "visionzip": check_visionzip,
 }
 
 

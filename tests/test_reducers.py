@@ -53,12 +53,15 @@ def layer(sizes: list[int], dtype: torch.dtype = torch.float32, first: int = 0) 
     q, k = torch.zeros(len(sizes), 4, length, 8), torch.zeros(len(sizes), 2, length, 8)
     x, valid = torch.zeros(len(sizes), width, 6), torch.zeros(len(sizes), width, dtype=torch.bool)
     at, rows = torch.zeros(len(sizes), width, dtype=torch.long), torch.zeros(len(sizes), length)
+    hidden = torch.zeros(len(sizes), length, 6)
     for b, size in enumerate(sizes):
         own, seed = size + 5, 10 * (first + b)
         q[b, :, -own:] = random(4, own, 8, seed=seed)
         k[b, :, -own:] = random(2, own, 8, seed=seed + 1)
         x[b, :size], valid[b, :size] = random(size, 6, seed=seed + 2), True
         at[b, :size] = torch.arange(length - own + 2, length - 3)
+        hidden[b, -own:] = random(own, 6, seed=seed + 3)
+        hidden[b, at[b, :size]] = x[b, :size]
         rows[b, -own:] = 1
     return Tokens(
         x=x.to(dtype),
@@ -70,6 +73,7 @@ def layer(sizes: list[int], dtype: torch.dtype = torch.float32, first: int = 0) 
         scale=8**-0.5,
         causal=True,
         instruction=(3,) * len(sizes),
+        hidden=hidden.to(dtype),
     )
 
 
@@ -135,6 +139,7 @@ def test_batch_equals_single(method: str) -> None:
                     n: getattr(tokens, n)[b : b + 1] for n in ("x", "valid", "q", "k", "at", "rows")
                 },
                 instruction=tokens.instruction and tokens.instruction[b : b + 1],
+                hidden=None if tokens.hidden is None else tokens.hidden[b : b + 1],
             )
             alone = reducer(method).reduce(one, None if wanted is None else wanted[b : b + 1])
             n = int(done.count[b])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.reducer import Reduction, Tokens
+from foveate.reducer import Reduction, Tokens, needed
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -56,11 +56,10 @@ def one_budget(name: str, budget: Sequence[int] | None) -> int:
     Raises:
         ValueError: when there is none, or groups differ.
     """
-    if budget is None:
-        raise ValueError(f"{name} needs a budget; it cannot choose its own count.")
-    if len(set(budget)) != 1:
+    wanted = needed(name, budget)
+    if len(set(wanted)) != 1:
         raise ValueError(
-            f"{name} was given the budgets {sorted(set(budget))}; it takes groups of one size and "
+            f"{name} was given the budgets {sorted(set(wanted))}; it takes groups of one size and "
             "one budget. Call it once for each distinct budget."
         )
-    return budget[0]
+    return wanted[0]
