@@ -340,7 +340,7 @@ def test_dart_without_hidden_states() -> None:
 # --- inside the LLM -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize("name", ["llava", "llava-onevision", "qwen2.5-vl"])
 @pytest.mark.parametrize("method", ["cdpruner", "divprune"])
 def test_methods_of_both_places_inside_the_llm(models: Any, name: str, method: str) -> None:
     """``before=`` puts them there; dropping equals masking, in a padded batch."""
@@ -349,9 +349,9 @@ def test_methods_of_both_places_inside_the_llm(models: Any, name: str, method: s
     model, inputs = models(name), tiny.prompt(tiny.FAMILIES[name], [2, 0, 1])
     run = oracle.reduced_run(model, recipe, inputs, 2)
     assert (run.logits - oracle.masked_logits(model, inputs, run)).abs().max() < 2e-6
-    size = tiny.FAMILIES[name].image_tokens
-    kept = [len(a) - len(b) for a, b in zip(run.slots[0], run.slots[-1], strict=True)]
-    assert kept == [2 * size - int(0.6 * size + 1e-6), 0, size - int(0.3 * size + 1e-6)]
+    vision = (inputs["input_ids"] == tiny.IMAGE).sum(-1).tolist()
+    gone = [len(a) - len(b) for a, b in zip(run.slots[0], run.slots[-1], strict=True)]
+    assert gone == [n - int(0.3 * n + 1e-6) for n in vision] and vision[1] == 0
 
 
 def test_before_is_no_knob_of_an_entrance_method() -> None:
@@ -366,24 +366,18 @@ def test_who_reads_the_layer_of_the_features() -> None:
     assert {name for name, cls in discover().items() if cls.encoder == "features"} >= set(FEATURES)
 
 
-@pytest.mark.parametrize("name", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize("name", ["llava", "llava-dinov2", "internvl", "qwen2.5-vl", "video-llava"])
 def test_the_layer_of_the_features(models: Any, name: str) -> None:
-    """LLaVA takes the last layer but one; InternVL, OneVision and Qwen the last."""
+    """LLaVA and Video-LLaVA, of two encoders, take the last layer but one; others the last."""
     model = models(name)
-    adapter = family(model)
-    last = adapter.vision_attention(model)
-    found = adapter.feature_attention(model, last)
-    layer = getattr(model.config, "vision_feature_layer", -1)
-    if layer == -1:
-        assert found is last
-    else:
-        assert layer == -2 and name.startswith("llava")
-        modules = [m for m in model.modules() if type(m) is type(last)]
-        assert found is modules[-2] and last is modules[-1]
+    last = list(family(model).vision_attentions(model))
+    found, each = last, [m for m in model.modules() if type(m) is type(last[0])]
+    if "llava" in name:
+        found = [each[each.index(module) - 1] for module in last]
     for method, wanted in (("fastervlm", found), ("prumerge", last)):
         with foveate.reduced(model, foveate.recipe(method, keep=0.5)):
             armed = [m for m in model.modules() if hasattr(vars(m).get("config"), "foveate_watch")]
-            assert armed == [wanted]
+            assert set(armed) == set(wanted) and len(armed) == len(last)
 
 
 @pytest.mark.parametrize(
