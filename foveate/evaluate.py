@@ -344,7 +344,9 @@ def _answered(
 
 
 def _blanked(example: Example) -> Example:
-    return replace(example, image=Image.new("RGB", example.image.size, BLANK))
+    blank, clip = Image.new("RGB", example.image.size, BLANK), example.clip
+    seen = replace(clip, frames=(blank,) * len(clip.frames)) if clip else None
+    return replace(example, image=blank, clip=seen)
 
 
 def _made(task: Task, batches: Sequence[Batch]) -> Iterator[dict[int, Example]]:

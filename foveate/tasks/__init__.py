@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from foveate.recipe import settings
 from foveate.tasks.example import Example, Task
 
 __all__ = ["Example", "Task", "names", "task"]
@@ -16,7 +17,8 @@ def names() -> tuple[str, ...]:
     """Every task that ``task`` knows."""
     photos = ("flickr8k-yesno", "flickr8k-yesno-popular", "flickr8k-yesno-adversarial")
     scenes = ("scenes-where", "scenes-count", "scenes-words")
-    return (*photos, "flickr8k-choice", "flickr8k-caption", "easyvqa", *scenes)
+    video = [f"video-{kind}{of}" for kind in ("what", "order", "where") for of in ("", "-shapes")]
+    return (*photos, "flickr8k-choice", "flickr8k-caption", "easyvqa", *scenes, *video)
 
 
 def task(
@@ -32,15 +34,20 @@ def task(
     ``data`` is a folder of photos, for the tasks that need one.
     Photos have the splits that the folder holds. Of easyvqa, ``validation`` and ``test`` are the
     package's test split; drawn scenes differ in every split. A file of one's own has no splits.
+    Video tasks have options: ``video-what:frames=4,pick=changed`` (:mod:`foveate.tasks.video`).
     """
     if name.endswith(".jsonl"):
         from foveate.tasks.own import Own
 
         return Own(_there(Path(name)), seed, limit)
+    name, _, more = name.partition(":")
+    options = settings(more, name)
+    if options and not name.startswith("video-"):
+        raise ValueError(f"{name} has no options; ask for it without {more!r}.")
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
         raise ValueError(f"no task {name!r}; did you mean {near!r}? Tasks: {', '.join(names())}")
-    if not name.startswith("flickr8k") and split not in SPLITS:
+    if not name.startswith(("flickr8k", "video-")) and split not in SPLITS:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(SPLITS)}.")
     if name == "easyvqa":
         from foveate.tasks.easyvqa import EasyVQA
@@ -50,6 +57,10 @@ def task(
         from foveate.tasks.scenes import Scenes
 
         return Scenes(name.removeprefix("scenes-"), split, seed, limit)
+    if name.startswith("video-"):
+        from foveate.tasks.video import task as video
+
+        return video(name, options, data=data, split=split, seed=seed, limit=limit)
     from foveate.tasks.flickr8k import Caption, Choice, YesNo
     from foveate.tasks.photos import photos
 

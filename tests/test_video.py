@@ -1,0 +1,184 @@
+"""Frames, several images, mixed batches; clips from files; the video tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+import foveate
+from foveate import Recipe, Schedule
+from foveate.ops.bipartite import merge_to
+
+BOTH = Recipe(
+    Schedule.ramp(0.5, start=2, stop=5),
+    entrance=foveate.reducer("aim-merge-tokens"),
+    layers=foveate.reducer("pagerank"),
+)
+RECIPES = {
+    "aim": BOTH,
+    "prumerge": foveate.recipe("prumerge+", keep=0.4),
+    "adaptive": foveate.recipe("prumerge"),
+    "fastv": foveate.recipe("fastv", keep=0.3),
+}
+FRAMES = 4
+MIXED = ["", "i", "iii", "v", "iv"]
+TOLERANCE = 3e-6
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def onevision_item(kind: str, alone: bool, seed: int) -> tuple[int, dict[str, Any]]:
+    """Tokens and arguments of one image (anyres when it is alone in its sample) or one video."""
+    if kind == "v":
+        return FRAMES * 9 + 1, {"pixel_values_videos": noise(seed, 1, FRAMES, 3, 48, 48)}
+    tokens = 36 + 72 + 6 if alone else 36 + 1
+    pixels = noise(seed, 1, 3, 3, 48, 48)
+    return tokens, {"pixel_values": pixels, "image_sizes": torch.tensor([[48, 96]])}
+
+
+def qwen_item(kind: str, alone: bool, seed: int) -> tuple[int, dict[str, Any]]:
+    times = FRAMES // 2 if kind == "v" else 1
+    name, grid = ("pixel_values_videos", "video") if kind == "v" else ("pixel_values", "image")
+    pixels = noise(seed, times * 144, 3 * 2 * 4 * 4)
+    return times * 36, {name: pixels, f"{grid}_grid_thw": torch.tensor([[times, 12, 12]])}
+
+
+ITEMS = {"llava-onevision": onevision_item, "qwen2.5-vl": qwen_item}
+
+
+def batch(name: str, samples: list[str], seed: int = 0) -> dict[str, Any]:
+    """Left-padded; a sample is its images ``i`` and videos ``v`` in order, text between them.
+
+    Sample b depends on (seed + 10 b) only, so alone it is ``batch(name, [sample], seed + 10 * b)``.
+    """
+    rows, given = [], {}
+    for b, sample in enumerate(samples):
+        own = seed + 10 * b
+        draw = torch.Generator().manual_seed(own)
+        ids = torch.randint(3, 80, (8 + own % 4,), generator=draw).tolist()
+        at = 2
+        for i, kind in enumerate(sample):
+            tokens, made = ITEMS[name](kind, sample.count("i") == 1, 1000 + own + i)
+            ids[at:at] = [tiny.VIDEO if kind == "v" else tiny.IMAGE] * tokens + [5]
+            at += tokens + 1
+            for key, value in made.items():
+                given[key] = torch.cat([given[key], value]) if key in given else value
+        rows.append(ids)
+    width = max(map(len, rows))
+    inputs = {
+        "input_ids": torch.tensor([[tiny.PAD] * (width - len(ids)) + ids for ids in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in rows]),
+        **given,
+    }
+    if name == "llava-onevision" and "pixel_values" in given:
+        images = [sample.count("i") for sample in samples]
+        inputs["batch_num_images"] = torch.tensor([n for n in images if n])
+    if name == "qwen2.5-vl":
+        ids = inputs["input_ids"]
+        inputs["mm_token_type_ids"] = (ids == tiny.IMAGE).int() + 2 * (ids == tiny.VIDEO).int()
+    return inputs
+
+
+def left(inputs: dict[str, Any], b: int) -> int:
+    """Padding before sample b."""
+    return int((inputs["attention_mask"][b] == 0).sum())
+
+
+# --- frames and several images -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("name", sorted(ITEMS))
+def test_a_mixed_batch_equals_the_oracle_and_singles(models, name: str, recipe: str) -> None:
+    """Text, an image, three images, a video, an image and a video: in one call and one by one."""
+    model, made = models(name), RECIPES[recipe]
+    inputs = batch(name, MIXED)
+    together = oracle.reduced_run(model, made, inputs, 3)
+    expected = oracle.masked_logits(model, inputs, together)
+    assert (together.logits - expected).abs().max() < TOLERANCE
+    for b, sample in enumerate(MIXED):
+        alone = oracle.reduced_run(model, made, batch(name, [sample], 10 * b), 3)
+        assert torch.equal(alone.tokens[0], together.tokens[b])
+        assert (alone.logits[0] - together.logits[b]).abs().max() < TOLERANCE
+        if sample:
+            assert torch.equal(alone.slots[-1][0] + left(inputs, b), together.slots[-1][b])
+
+
+@pytest.mark.parametrize("name", sorted(ITEMS))
+@torch.no_grad()
+def test_budgets_inside_the_llm_are_the_samples(models, name: str) -> None:
+    """Over all its images and frames together: one floor, not one for each."""
+    model, samples = models(name), ["iii", "v", "iiv", ""]
+    inputs = batch(name, samples)
+    with foveate.reduced(model, foveate.recipe("fastv", keep=0.48)) as report:
+        model(**inputs)
+    item = ITEMS[name]
+    counts = [sum(item(k, s.count("i") == 1, 0)[0] for k in s) for s in samples]
+    assert report.alive[0] == counts == report.vision
+    assert report.alive[-1] == [int(n * 0.48 + 1e-6) for n in counts]
+    assert report.alive[-1] != [
+        sum(int(item(k, s.count("i") == 1, 0)[0] * 0.48) for k in s) for s in samples
+    ]
+
+
+def large_onevision() -> Any:
+    """OneVision with a grid of its own size: 27 × 27 patches, which pooling makes 14 × 14."""
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    config = LlavaOnevisionConfig(
+        vision_config=tiny._clip("siglip_vision_model") | {"image_size": 27 * 8},
+        text_config=tiny.text_config("qwen2", max_position_embeddings=2048),
+        image_token_index=tiny.IMAGE,
+        video_token_index=tiny.VIDEO,
+        image_grid_pinpoints=[[216, 216]],
+    )
+    return tiny._ready(LlavaOnevisionForConditionalGeneration(config))
+
+
+@torch.no_grad()
+def test_aim_merges_every_frame_from_196_to_98_to_49() -> None:
+    """Each frame by itself, as its own merge says; the newline after the video stays."""
+    model, frames = large_onevision(), 3
+    pixels = noise(3, 1, frames, 3, 216, 216)
+    ids = torch.tensor([[1, *[tiny.VIDEO] * (frames * 196 + 1), 7, 8]])
+    inputs = {"input_ids": ids, "pixel_values_videos": pixels}
+    dense = model.model.get_video_features(pixels).pooler_output[0]
+    for keep, each in ((0.5, 98), (0.25, 49)):
+        recipe = foveate.recipe("aim", keep=keep, at="tokens")
+        with foveate.reduced(model, recipe) as report:
+            entered = oracle.reduced_run_entered(model, inputs)
+        assert report.alive[0] == [frames * each + 1]
+        assert [len(g) for g in report.groups] == [196] * frames
+        assert [int(g.max()) + 1 for g in report.groups] == [each] * frames
+        for f in range(frames):
+            frame = dense[f * 196 : (f + 1) * 196]
+            alone, _, _ = merge_to(frame[None], None, each, "raster")
+            mine = entered[0, 1 + f * each : 1 + (f + 1) * each]
+            assert torch.allclose(mine, alone[0], atol=1e-6)
+        assert torch.equal(entered[0, 1 + frames * each], dense[-1])
+
+
+def test_a_frame_knows_nothing_of_the_others(models) -> None:
+    """What one frame keeps does not depend on what the others show."""
+    for name in sorted(ITEMS):
+        model, inputs = models(name), batch(name, ["v"])
+        other = {k: v.clone() for k, v in inputs.items()}
+        pixels = other["pixel_values_videos"]
+        half = pixels[:, FRAMES // 2 :] if pixels.ndim == 5 else pixels[len(pixels) // 2 :]
+        half.normal_(generator=torch.Generator().manual_seed(77))
+        groups = []
+        for given in (inputs, other):
+            with foveate.reduced(model, BOTH) as report, torch.no_grad():
+                model(**given)
+            groups.append([g.clone() for g in report.groups])
+        count = len(groups[0])
+        assert count == (FRAMES if name == "llava-onevision" else FRAMES // 2)
+        same = [torch.equal(a, b) for a, b in zip(*groups, strict=True)]
+        assert same == [i < count // 2 for i in range(count)]
