@@ -48,9 +48,7 @@ def chat(processor: Any, question: str, shown: Image.Image | Clip | None = None)
 def vision(processor: Any, shown: Sequence[Image.Image | Clip]) -> dict[str, Any]:
     """The processor's arguments for the picture or clip of each prompt."""
     clips = [s for s in shown if isinstance(s, Clip)]
-    if not clips:
-        return {"images": list(shown)}
-    if not takes_video(processor):
+    if not clips or not takes_video(processor):
         return {"images": [list(s.frames) if isinstance(s, Clip) else [s] for s in shown]}
     images = [[] if isinstance(s, Clip) else [s] for s in shown]
     return {

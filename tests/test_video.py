@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import command
 import oracle
 import pytest
 import tiny
 import torch
+from PIL import Image, ImageStat
 from torch import Tensor
 
 import foveate
-from foveate import Recipe, Schedule
+from foveate import Recipe, Schedule, loading
+from foveate.answer import answer
+from foveate.ask import answers, given_as, prepare, vision
 from foveate.ops.bipartite import merge_to
+from foveate.tasks import Example
 
 BOTH = Recipe(
     Schedule.ramp(0.5, start=2, stop=5),
@@ -182,3 +188,161 @@ def test_a_frame_knows_nothing_of_the_others(models) -> None:
         assert count == (FRAMES if name == "llava-onevision" else FRAMES // 2)
         same = [torch.equal(a, b) for a, b in zip(*groups, strict=True)]
         assert same == [i < count // 2 for i in range(count)]
+
+
+# --- clips from files --------------------------------------------------------------------------
+
+
+def grey(i: int) -> int:
+    return 20 * i
+
+
+def written(file: Path, frames: int = 12, rate: int = 4, size: tuple[int, int] = (64, 48)) -> Path:
+    """A video whose frame i is grey of brightness 20 i."""
+    av = pytest.importorskip("av")
+    with av.open(str(file), "w") as out:
+        stream = out.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            picture = av.VideoFrame.from_image(Image.new("RGB", size, (grey(i),) * 3))
+            for packet in stream.encode(picture):
+                out.mux(packet)
+        for packet in stream.encode():
+            out.mux(packet)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("count", "at"), [(1, [6]), (3, [2, 6, 10]), (4, [1, 4, 7, 10]), (40, list(range(12)))]
+)
+def test_frames_of_a_clip_are_spread_evenly(tmp_path: Path, count: int, at: list[int]) -> None:
+    made = loading.clip(written(tmp_path / "a.mp4"), count)
+    assert (list(made.at), made.total, made.fps) == (at, 12, 4.0)
+    seen = [ImageStat.Stat(f).mean[0] for f in made.frames]
+    assert [round(v / 20) for v in seen] == at
+    assert {f.size for f in made.frames} == {(64, 48)}
+
+
+def test_what_is_wrong_with_a_clip_is_said(tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("av")
+    with pytest.raises(ValueError, match=r"gone\.mp4 does not exist; give the file of a video"):
+        loading.clip(tmp_path / "gone.mp4", 4)
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(ValueError, match=r"text\.mp4 holds no video that can be decoded"):
+        loading.clip(tmp_path / "text.mp4", 4)
+    whole = written(tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.mp4 holds no"):
+        loading.clip(tmp_path / "cut.mp4", 4)
+    command.absent("av", monkeypatch)
+    with pytest.raises(ImportError, match=r"pip install 'foveate\[video\]'"):
+        loading.clip(tmp_path / "whole.mp4", 4)
+
+
+def test_a_picture_is_no_clip(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert isinstance(loading.opened(tmp_path / "a.png", 4), Image.Image)
+    assert isinstance(loading.opened(written(tmp_path / "a.MP4"), 4), loading.Clip)
+
+
+@pytest.mark.usefixtures("loaded", "elsewhere")
+def test_asking_about_a_clip_where_frames_are_images(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.mp4")
+    said = command.works("ask", file, "what is this", "--frames", 3, "--json", "a.json")
+    assert "3 of 12 frames, given as 3 images: it takes no video" in said
+    rows = command.wrote("a.json")["rows"]
+    assert rows[0]["vision_tokens"] == 3 * command.VISION
+    assert rows[1]["vision_tokens_entrance"] == 3 * (command.VISION // 4)
+    one = command.works("ask", file, "what is this", "--frames", 1, "--json", "b.json")
+    assert "1 of 12 frames" in one
+    assert command.wrote("b.json")["rows"][0]["vision_tokens"] == command.VISION
+
+
+class Videos:
+    """A processor for tiny OneVision that takes clips; what it was given is kept."""
+
+    chat_template = "here"
+    video_processor = "here"
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def apply_chat_template(self, turns: Any, **_: Any) -> str:
+        return " ".join(part["type"] for part in turns[0]["content"])
+
+    def __call__(self, text: list[str], **given: Any) -> Any:
+        from transformers import BatchFeature
+
+        self.given = given
+        marks = {"video": [tiny.VIDEO] * (len(given.get("videos", [[]])[0]) * 9 + 1)}
+        marks["image"] = [tiny.IMAGE] * 114
+        rows = [[3, *(i for word in t.split() for i in marks.get(word, [7])), 8] for t in text]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+        made: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+        if clips := given.get("videos"):
+            shades = [[ImageStat.Stat(f).mean[0] for f in clip] for clip in clips]
+            made["pixel_values_videos"] = (
+                torch.tensor(shades)[:, :, None, None, None].expand(-1, -1, 3, 48, 48) / 255
+            )
+        if images := [image for some in given.get("images", ()) for image in some]:
+            made["pixel_values"] = noise(0, len(images), 3, 3, 48, 48)
+            made["image_sizes"] = torch.tensor([[48, 96]] * len(images))
+        return BatchFeature(made)
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+    def batch_decode(self, rows: Any, **more: Any) -> list[str]:
+        return [self.decode(row, **more) for row in rows]
+
+
+def test_a_clip_goes_in_as_a_video_where_the_processor_takes_one(models, tmp_path: Path) -> None:
+    model, processor = models("llava-onevision"), Videos()
+    clip = loading.clip(written(tmp_path / "a.mp4"), 4)
+    given = prepare(model, processor, clip, "what")
+    assert given["pixel_values_videos"].shape == (1, 4, 3, 48, 48)
+    assert processor.given["do_sample_frames"] is False
+    place = {"total_num_frames": 12, "fps": 4.0, "frames_indices": [1, 4, 7, 10]}
+    assert processor.given["video_metadata"] == [place]
+    recipes = {"aim": foveate.recipe("aim", keep=0.34, at="tokens")}
+    rows = [row for row, _ in answers(model, processor, given, recipes, warm=False)]
+    assert [row["vision_tokens_entrance"] for row in rows] == [4 * 9 + 1, 4 * 3 + 1]
+    assert given_as(processor, clip) == "4 of 12 frames, given as a video"
+
+
+def test_pictures_and_clips_in_one_batch(models, tmp_path: Path) -> None:
+    """Where some prompts show a picture and some a clip, each keeps its own."""
+    model, processor = models("llava-onevision"), Videos()
+    clip = loading.clip(written(tmp_path / "a.mp4"), 4)
+    picture = Image.new("RGB", (96, 48), (9, 9, 9))
+    some = [Example(picture, "what", "7"), Example(clip.frames[0], "what", "7", clip=clip)]
+    with foveate.reduced(model, BOTH):
+        together = answer(model, processor, some, max_new_tokens=3).texts
+        assert together == [
+            answer(model, processor, [one], max_new_tokens=3).texts[0] for one in some
+        ]
+    assert len(set(together)) == 2
+
+
+@pytest.mark.parametrize("name", sorted(ITEMS))
+def test_real_video_processors_make_what_the_models_take(models, name: str, tmp_path) -> None:
+    """Frames of a clip through transformers' own processors, where torchvision loads."""
+    pytest.importorskip("torchvision", exc_type=Exception)
+    from transformers import LlavaOnevisionVideoProcessor, Qwen2VLVideoProcessor
+
+    clip = loading.clip(written(tmp_path / "a.mp4", size=(48, 48)), 4)
+    made: Any = LlavaOnevisionVideoProcessor(size={"height": 48, "width": 48})
+    if name == "qwen2.5-vl":
+        pixels = {"shortest_edge": 48 * 48, "longest_edge": 4 * 48 * 48}
+        made = Qwen2VLVideoProcessor(patch_size=4, size=pixels)
+    given = vision(Videos(), [clip])
+    out = made(**given, return_tensors="pt")
+    like = batch(name, ["v"])
+    for key in ("pixel_values_videos", "video_grid_thw"):
+        if key in like:
+            assert out[key].shape == like[key].shape
+            like[key] = out[key]
+    run = oracle.reduced_run(models(name), BOTH, like, 2)
+    assert (run.logits - oracle.masked_logits(models(name), like, run)).abs().max() < TOLERANCE

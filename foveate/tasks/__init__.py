@@ -41,8 +41,8 @@ def task(
 
         return Own(_there(Path(name)), seed, limit)
     name, _, more = name.partition(":")
-    options = settings(more, name)
-    if options and not name.startswith("video-"):
+    given = settings(more, name)
+    if given and not name.startswith("video-"):
         raise ValueError(f"{name} has no options; ask for it without {more!r}.")
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
@@ -60,7 +60,7 @@ def task(
     if name.startswith("video-"):
         from foveate.tasks.video import task as video
 
-        return video(name, options, data=data, split=split, seed=seed, limit=limit)
+        return video(name, given, data=data, split=split, seed=seed, limit=limit)
     from foveate.tasks.flickr8k import Caption, Choice, YesNo
     from foveate.tasks.photos import photos
 
