@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import command
+import miniature
 import oracle
 import pytest
 import tiny
@@ -17,8 +21,9 @@ import foveate
 from foveate import Recipe, Schedule, loading
 from foveate.answer import answer
 from foveate.ask import answers, given_as, prepare, vision
+from foveate.evaluate import fewer_frames
 from foveate.ops.bipartite import merge_to
-from foveate.tasks import Example
+from foveate.tasks import Example, easyvqa, names, task, video
 
 BOTH = Recipe(
     Schedule.ramp(0.5, start=2, stop=5),
@@ -346,3 +351,207 @@ def test_real_video_processors_make_what_the_models_take(models, name: str, tmp_
             like[key] = out[key]
     run = oracle.reduced_run(models(name), BOTH, like, 2)
     assert (run.logits - oracle.masked_logits(models(name), like, run)).abs().max() < TOLERANCE
+
+
+# --- the tasks ---------------------------------------------------------------------------------
+
+NOUNS = ("dog", "snow", "car", "guitar", "horse", "tent", "flag", "train")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 photos, each in a colour of its own and showing one of the nouns."""
+    said = [[f"A {NOUNS[i % 8]} .", f"The {NOUNS[i % 8]} ."] for i in range(48)]
+    return miniature.photo_folder(tmp_path_factory.mktemp("photos"), said)
+
+
+def nouns(clip: loading.Clip) -> list[str]:
+    """What each frame shows, by its colour."""
+    found = []
+    for frame in clip.frames:
+        seen = ImageStat.Stat(frame).mean
+        apart = [
+            sum(abs(a - b) for a, b in zip(seen, miniature.colour(i), strict=True))
+            for i in range(48)
+        ]
+        found.append(NOUNS[apart.index(min(apart)) % 8])
+    return found
+
+
+def asked(example: Example) -> list[str]:
+    """The nouns of the question, in its order."""
+    words = re.findall(r"\w+", example.question)
+    return [w for w in words if w in NOUNS]
+
+
+@pytest.mark.parametrize("kind", ["what", "order", "where"])
+def test_answers_follow_from_the_clip(kind: str, photos: Path) -> None:
+    """Every moment looked at, the answer is what is seen there; all answers as often."""
+    made = task(f"video-{kind}:frames=36", data=photos, limit=24)
+    answers, kinds = [], Counter()
+    for i in range(24):
+        example = made.example(i)
+        shown, said = nouns(example.clip), asked(example)
+        first = [shown.index(noun) if noun in shown else None for noun in said]
+        if kind == "what":
+            expected = "yes" if first[0] is not None else "no"
+        elif kind == "order":
+            assert first[0] != first[1] and None not in first
+            expected = f"{'a ' if said[first[0] > first[1]] != 'snow' else ''}"
+            expected += said[first[0] > first[1]]
+            assert example.choices == tuple(("a " + n).replace("a snow", "snow") for n in said)
+        else:
+            thirds = {m // 12 for m, noun in enumerate(shown) if noun == said[0]}
+            assert len(thirds) == 1
+            expected = example.choices[thirds.pop()]
+            assert example.choices == ("the beginning", "the middle", "the end")
+        assert example.answer == expected
+        assert made.score(example, expected) == 1.0
+        answers.append(expected)
+        kinds[example.meta["kind"]] += 1
+    if kind == "where":
+        assert all(a != b for a, b in zip(answers[::2], answers[1::2], strict=True))
+        assert len(kinds) == 3
+    else:
+        assert sorted(kinds.values()) == [12, 12]
+
+
+def test_a_clip_is_nine_shots_three_a_third(photos: Path) -> None:
+    made = task("video-what:frames=36", data=photos)
+    for i in range(0, 12, 2):
+        frames = [f.resize((4, 4)).tobytes() for f in made.example(i).clip.frames]
+        starts = [0] + [m for m in range(1, 36) if frames[m] != frames[m - 1]]
+        assert len(starts) == 9 and {0, 12, 24} <= set(starts)
+        lengths = [b - a for a, b in itertools.pairwise([*starts, 36])]
+        assert min(lengths) >= 2 and max(lengths) <= 8
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n.startswith("video-")])
+def test_more_frames_of_the_same_clips(name: str, photos: Path) -> None:
+    """Questions, answers and moments do not depend on how many frames are taken, or which."""
+    few, more, all_of_it, changed = (
+        task(f"{name}:{options}", data=photos, limit=4)
+        for options in ("frames=3", "frames=9", "frames=36", "frames=9,pick=changed")
+    )
+    for i in range(4):
+        whole = all_of_it.example(i)
+        assert whole.clip.at == tuple(range(36))
+        for made in (few, more, changed):
+            example = made.example(i)
+            assert (example.question, example.answer) == (whole.question, whole.answer)
+            assert len(example.clip.frames) == made.frames == len(example.clip.at)
+            for moment, frame in zip(example.clip.at, example.clip.frames, strict=True):
+                assert frame.tobytes() == whole.clip.frames[moment].tobytes()
+        again = task(f"{name}:frames=3", data=photos, limit=4).example(i)
+        assert again.clip.frames[1].tobytes() == few.example(i).clip.frames[1].tobytes()
+    assert {len(f.tobytes()) for f in whole.clip.frames} == {336 * 336 * 3}
+
+
+def test_changed_frames_are_the_first_of_each_shot(photos: Path) -> None:
+    """With nine frames for nine shots, every shot is seen once."""
+    made = task("video-what:frames=9,pick=changed", data=photos)
+    for i in range(4):
+        frames = [f.resize((4, 4)).tobytes() for f in made.example(i).clip.frames]
+        assert len(set(frames)) == 9
+
+
+def test_pans_are_slow_and_seen() -> None:
+    """A gradient: the window moves one way, by little, from corner to corner."""
+    ramp = Image.linear_gradient("L").resize((256, 256)).convert("RGB")
+    shot = video.Shot(0, 4, 10)
+    means = [ImageStat.Stat(video._panned(ramp, shot, m, 0.9)).mean[0] for m in range(4, 10)]
+    steps = [b - a for a, b in itertools.pairwise(means)]
+    assert all(2 < step < 12 for step in steps)
+
+
+def test_shapes_are_what_easy_vqa_says_of_them() -> None:
+    gallery = video.shape_gallery("validation")
+    rows = easyvqa.EasyVQA().rows
+    numbers = sorted({number for _, _, number in rows})
+    for words in (video._COLOURS, video._SHAPES):
+        start = 0 if words is video._COLOURS else len(video._COLOURS)
+        for place, number in enumerate(numbers[:50]):
+            said = {a for _, a, n in rows if n == number} & set(words)
+            row = gallery.labels.table[place][start : start + len(words)]
+            assert row == tuple(int(w in said) if said else -1 for w in words)
+    assert gallery.asked[0] == ("Is", "a black shape") and gallery.asked[-1] == ("Is", "a triangle")
+    assert list(gallery.image(3).getdata()) == list(easyvqa.EasyVQA().image(numbers[3]).getdata())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("video-what:frames=0", "frames is 0; a clip has 1 to 36"),
+        ("video-what:frames=37", "frames is 37"),
+        ("video-what:frames=two", "frames is 'two'"),
+        ("video-what:pick=odd", "pick is 'odd'; take one of even, changed"),
+        ("video-what:fps=2", "no option 'fps'; it has frames and pick"),
+        ("video-what:frames", "'frames' in 'video-what' is not key=value"),
+        ("easyvqa:frames=2", "easyvqa has no options"),
+        ("video-wha", "did you mean 'video-what'"),
+    ],
+)
+def test_options_that_there_are_not(name: str, said: str, photos: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        task(name, data=photos)
+
+
+def test_too_few_pictures_leave_nothing_to_ask(tmp_path: Path) -> None:
+    folder = miniature.photo_folder(tmp_path, [["a dog .", "a dog ."], ["snow .", "snow ."]])
+    assert len(task("video-order", data=folder)) == 0
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("loaded", "elsewhere")
+def test_a_table_of_recipes_and_frames(photos: Path) -> None:
+    """What is compared with the untouched model on fewer frames, at FLOPs that are not above."""
+    tasks = "video-what:frames=2,pick=changed,video-what:frames=1,video-what:frames=2"
+    tasks += ",video-what:frames=4"
+    more = ("--recipe", "fastv:keep=0.3", "--no-baselines", "--limit", 6, "--data", photos)
+    out = command.works("eval", "--task", tasks, *more, "--json", "a.json")
+    rows = command.wrote("a.json")["rows"]
+    assert [r["task"] for r in rows[::2]] == [
+        "video-what:frames=2,pick=changed",
+        "video-what:frames=1",
+        "video-what:frames=2",
+        "video-what:frames=4",
+    ]
+    spent = {(r["task"].partition(":")[2], r["recipe"]): r["flops"] for r in rows}
+    for row in rows:
+        options = row["task"].partition(":")[2]
+        than = row["fewer_frames"]
+        if row["recipe"] == "dense" and "pick" not in options:
+            assert than is None
+            continue
+        affordable = {o: f for (o, r), f in spent.items() if r == "dense" and "pick" not in o}
+        enough = {o: f for o, f in affordable.items() if f >= row["flops"]}
+        best = min(enough, key=lambda o: enough[o])
+        assert than["task"] == f"video-what:{best}" and than["flops"] == enough[best]
+    reduced = spent["frames=4", "fastv:keep=0.3"]
+    assert spent["frames=2", "dense"] < reduced < spent["frames=4", "dense"]
+    assert "fewer frames" in out and "pick=changed" in out
+    assert out.count("video-what, 6 examples") == 1
+
+
+def test_gains_are_paired_by_clip() -> None:
+    """Two of four clips gained, none lost."""
+    one = {"blank": False, "n": 4}
+    rows = [
+        one | {"task": "video-what:frames=2", "recipe": "dense", "flops": 100},
+        one | {"task": "video-what:frames=3", "recipe": "dense", "flops": 150},
+        one | {"task": "video-what:frames=8", "recipe": "dense", "flops": 400},
+        one | {"task": "video-what:frames=8", "recipe": "aim", "flops": 101},
+        one | {"task": "easyvqa", "recipe": "aim", "flops": 1},
+    ]
+    scores = {
+        ("video-what:frames=2", "dense", False): [0.0] * 4,
+        ("video-what:frames=3", "dense", False): [1.0, 0.0, 0.0, 1.0],
+        ("video-what:frames=8", "dense", False): [1.0] * 4,
+        ("video-what:frames=8", "aim", False): [1.0] * 4,
+    }
+    found = [fewer_frames(row, rows, scores) for row in rows]
+    assert found[:3] == [None] * 3 and found[4] is None
+    assert found[3]["task"] == "video-what:frames=3"
+    assert found[3]["difference"] == 0.5 and found[3]["mcnemar_p"] == 0.5
