@@ -430,10 +430,10 @@ def test_a_clip_is_nine_shots_three_a_third(photos: Path) -> None:
 def test_more_frames_of_the_same_clips(name: str, photos: Path) -> None:
     """Questions, answers and moments do not depend on how many frames are taken, or which."""
     few, more, all_of_it, changed = (
-        task(f"{name}:{options}", data=photos, limit=4)
+        task(f"{name}:{options}", data=photos)
         for options in ("frames=3", "frames=9", "frames=36", "frames=9,pick=changed")
     )
-    for i in range(4):
+    for i in range(2):
         whole = all_of_it.example(i)
         assert whole.clip.at == tuple(range(36))
         for made in (few, more, changed):
@@ -442,7 +442,7 @@ def test_more_frames_of_the_same_clips(name: str, photos: Path) -> None:
             assert len(example.clip.frames) == made.frames == len(example.clip.at)
             for moment, frame in zip(example.clip.at, example.clip.frames, strict=True):
                 assert frame.tobytes() == whole.clip.frames[moment].tobytes()
-        again = task(f"{name}:frames=3", data=photos, limit=4).example(i)
+        again = task(f"{name}:frames=3", data=photos).example(i)
         assert again.clip.frames[1].tobytes() == few.example(i).clip.frames[1].tobytes()
     assert {len(f.tobytes()) for f in whole.clip.frames} == {336 * 336 * 3}
 
@@ -475,7 +475,7 @@ def test_shapes_are_what_easy_vqa_says_of_them() -> None:
             row = gallery.labels.table[place][start : start + len(words)]
             assert row == tuple(int(w in said) if said else -1 for w in words)
     assert gallery.asked[0] == ("Is", "a black shape") and gallery.asked[-1] == ("Is", "a triangle")
-    assert list(gallery.image(3).getdata()) == list(easyvqa.EasyVQA().image(numbers[3]).getdata())
+    assert gallery.image(3).tobytes() == easyvqa.EasyVQA().image(numbers[3]).tobytes()
 
 
 @pytest.mark.parametrize(

@@ -246,10 +246,9 @@ def _panned(picture: Image.Image, shot: Shot, moment: int, way: float) -> Image.
 
 def _changed(frames: Sequence[Image.Image], count: int) -> list[int]:
     """The first moment, and those that differ most from the one before, in order."""
-    small = [frame.convert("L").resize((16, 16), Image.Resampling.BOX) for frame in frames]
-    apart = [
-        ImageStat.Stat(ImageChops.difference(a, b)).mean[0] for a, b in itertools.pairwise(small)
-    ]
+    small = [frame.resize((16, 16), Image.Resampling.BOX) for frame in frames]
+    pairs = itertools.pairwise(small)
+    apart = [sum(ImageStat.Stat(ImageChops.difference(a, b)).mean) for a, b in pairs]
     order = sorted(range(1, len(frames)), key=lambda i: (-apart[i - 1], i))
     return sorted([0, *order[: count - 1]])
 
