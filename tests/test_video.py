@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import foveate
 from foveate import Recipe, Schedule, loading
 from foveate.answer import answer
 from foveate.ask import answers, given_as, prepare, vision
+from foveate.cost import TextShape
 from foveate.evaluate import fewer_frames
 from foveate.ops.bipartite import merge_to
 from foveate.tasks import Example, easyvqa, names, task, video
@@ -39,6 +42,7 @@ RECIPES = {
 FRAMES = 4
 MIXED = ["", "i", "iii", "v", "iv"]
 TOLERANCE = 3e-6
+FILES = ("a.mp4", "b.png")
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -555,3 +559,39 @@ def test_gains_are_paired_by_clip() -> None:
     assert found[:3] == [None] * 3 and found[4] is None
     assert found[3]["task"] == "video-what:frames=3"
     assert found[3]["difference"] == 0.5 and found[3]["mcnemar_p"] == 0.5
+
+
+@pytest.mark.usefixtures("loaded", "elsewhere")
+def test_questions_about_clips_of_ones_own() -> None:
+    """A line may name a video; how many of its frames are taken is an option of the file."""
+    written(Path("a.mp4"))
+    Image.new("RGB", (48, 48)).save("b.png")
+    lines = [{"image": name, "question": "what is this", "answer": "so"} for name in FILES]
+    Path("mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = task("mine.jsonl:frames=3")
+    shown = {bool(e.clip): e for e in map(made.example, range(2))}
+    assert shown[True].clip.at == (2, 6, 10) and shown[True].image is shown[True].clip.frames[0]
+    assert shown[False].shown is shown[False].image
+    plain = task("mine.jsonl")
+    assert sorted(len(e.clip.at) if e.clip else 0 for e in map(plain.example, range(2))) == [0, 8]
+    command.works("eval", "--task", "mine.jsonl:frames=2,mine.jsonl:frames=3", "--json", "a.json")
+    rows = command.wrote("a.json")["rows"]
+    tokens = {row["task"]: row["vision_tokens"] for row in rows}
+    half = command.VISION / 2  # a clip and a picture
+    assert tokens == {"mine:frames=2": 3 * half, "mine:frames=3": 4 * half}
+    for wrong in ("mine.jsonl:fps=2", "mine.jsonl:frames=0", "mine.jsonl:frames=x"):
+        with pytest.raises(ValueError, match=r"one option, as in mine\.jsonl:frames=4"):
+            task(wrong)
+
+
+def test_the_budgets_that_the_docs_name() -> None:
+    """docs/video.md: AIM on 8 frames of pinhole costs less than 2 untouched ones, 16 than 3."""
+    shape, text = TextShape(30, 576, 9, 3, 64, 1536, 49152), 32
+    alive = foveate.recipe("aim", keep=0.25).resolve(30).schedule.alive
+
+    def flops(frames: int, curve: Sequence[float]) -> int:
+        return shape.prefill_flops([text + int(256 * frames * share) for share in curve])
+
+    for many, few in ((8, 2), (16, 3)):
+        assert flops(many, alive) < flops(few, [1.0] * 30)
+        assert flops(2 * many, alive) > flops(few, [1.0] * 30)

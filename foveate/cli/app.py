@@ -403,8 +403,10 @@ def _at(text: str, budget: str) -> dict[str, Recipe]:
 
 def _digests(names: Iterable[str]) -> dict[str, str]:
     """What is in the files among tasks: when it has changed, old answers are no answers to it."""
-    files = [name for name in names if name.endswith(".jsonl")]
-    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:12] for f in files}
+    from foveate.tasks import file_of
+
+    files = {str(file) for name in names if (file := file_of(name)) is not None}
+    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:12] for f in sorted(files)}
 
 
 def _numbers(text: str) -> list[int]:

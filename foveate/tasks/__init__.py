@@ -36,10 +36,14 @@ def task(
     package's test split; drawn scenes differ in every split. A file of one's own has no splits.
     Video tasks have options: ``video-what:frames=4,pick=changed`` (:mod:`foveate.tasks.video`).
     """
-    if name.endswith(".jsonl"):
+    if (own := file_of(name)) is not None:
         from foveate.tasks.own import Own
 
-        return Own(_there(Path(name)), seed, limit)
+        given = settings(name.removeprefix(f"{own}").removeprefix(":"), name)
+        frames = given.pop("frames", None)
+        if given or not (frames is None or (isinstance(frames, int) and frames > 0)):
+            raise ValueError(f"{name}: a file has one option, as in {own}:frames=4.")
+        return Own(_there(own), seed, limit, frames)
     name, _, more = name.partition(":")
     given = settings(more, name)
     if given and not name.startswith("video-"):
@@ -70,6 +74,13 @@ def task(
         return Caption(photos(data, split), seed, limit)
     negatives = name.removeprefix("flickr8k-yesno").removeprefix("-") or "random"
     return YesNo(photos(data, split), negatives, seed, limit)
+
+
+def file_of(name: str) -> Path | None:
+    """The JSONL file that a task's name names, its options left out; None for other tasks."""
+    base, colon, more = name.rpartition(":")
+    file = base if colon and "=" in more else name
+    return Path(file) if file.endswith(".jsonl") else None
 
 
 def _there(file: Path) -> Path:
