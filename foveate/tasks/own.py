@@ -58,7 +58,8 @@ class Own:
         first, *more = row["answers"]
         shown = opened(self.file.parent / row["image"], self.frames or FRAMES)
         clip = shown if isinstance(shown, Clip) else None
-        image, choices = clip.frames[0] if clip else shown, tuple(row["choices"])
+        image = shown.frames[0] if isinstance(shown, Clip) else shown
+        choices = tuple(row["choices"])
         return Example(image, row["question"], first, choices, also=tuple(more), clip=clip)
 
     def score(self, example: Example, answer: str) -> float:
