@@ -84,8 +84,8 @@ class _Served:
     def __call__(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **more: Any
     ) -> Any:
-        request = request_of(self._cache) if layer_idx == 0 else None
-        if request is not None and not request.served:
+        served = cast(Request, vars(self._cache)["foveate_request"]).served
+        if layer_idx == 0 and not served and request_of(self._cache) is not None:
             raise ValueError(
                 "This cache was filled by a reduced prompt and the model has no recipe attached. "
                 "Go on inside foveate.reduced(model, recipe), with keep=1.0 to reduce nothing "
