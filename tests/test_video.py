@@ -168,7 +168,7 @@ def test_aim_merges_every_frame_from_196_to_98_to_49() -> None:
     for keep, each in ((0.5, 98), (0.25, 49)):
         recipe = foveate.recipe("aim", keep=keep, at="tokens")
         with foveate.reduced(model, recipe) as report:
-            entered = oracle.reduced_run_entered(model, inputs)
+            entered = oracle.entered_again(model, inputs)["entered"]
         assert report.alive[0] == [frames * each + 1]
         assert [len(g) for g in report.groups] == [196] * frames
         assert [int(g.max()) + 1 for g in report.groups] == [each] * frames
