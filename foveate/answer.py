@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.ask import chat
+from foveate.ask import chat, vision
 from foveate.tasks import Example
 
 
@@ -105,8 +105,8 @@ def continued(model: Any, logits: Tensor, cache: Any, mask: Tensor, ids: Tensor)
 def prompts(model: Any, processor: Any, examples: Sequence[Example]) -> Any:
     """The processor's output for the examples' questions, padded on the left."""
     made = processor(
-        images=[example.image for example in examples],
-        text=[chat(processor, example.question) for example in examples],
+        **vision(processor, [example.shown for example in examples]),
+        text=[chat(processor, example.question, example.shown) for example in examples],
         padding=True,
         padding_side="left",
         return_tensors="pt",

@@ -1,8 +1,8 @@
-"""One question about one picture, answered by the untouched model and by reduced ones."""
+"""One question about a picture or clip, answered by the untouched model and by reduced ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate.adapter import family, text_shape, vision_rows
 from foveate.bench import DENSE, Stopwatch
+from foveate.loading import Clip
 from foveate.recipe import Recipe
 from foveate.report import Report
 
@@ -17,8 +18,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def chat(processor: Any, question: str) -> str:
-    """The text of one user turn, the picture then the question, up to where the answer begins.
+def takes_video(processor: Any) -> bool:
+    """Whether a clip goes in as one; else its frames go in as so many images."""
+    return getattr(processor, "video_processor", None) is not None
+
+
+def chat(processor: Any, question: str, shown: Image.Image | Clip | None = None) -> str:
+    """The text of one user turn up to where the answer begins: what is shown, then the question.
+
+    Args:
+        shown: None means a picture.
 
     Raises:
         ValueError: for a processor without chat template.
@@ -28,13 +37,42 @@ def chat(processor: Any, question: str) -> str:
             "This model has no processor with a chat template, so foveate cannot put a question to "
             "it; use --model pinhole or an instruction-tuned model from the Hub."
         )
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    kinds = ["image"]
+    if isinstance(shown, Clip):
+        kinds = ["video"] if takes_video(processor) else kinds * len(shown.frames)
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
     turns = [{"role": "user", "content": content}]
     return cast(str, processor.apply_chat_template(turns, add_generation_prompt=True))
 
 
-def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> dict[str, Any]:
-    """The arguments of ``generate``: one user turn with the picture, then the question.
+def vision(processor: Any, shown: Sequence[Image.Image | Clip]) -> dict[str, Any]:
+    """The processor's arguments for the picture or clip of each prompt."""
+    clips = [s for s in shown if isinstance(s, Clip)]
+    if not clips or not takes_video(processor):
+        return {"images": [list(s.frames) if isinstance(s, Clip) else [s] for s in shown]}
+    images = [[] if isinstance(s, Clip) else [s] for s in shown]
+    return {
+        **({"images": images} if any(images) else {}),
+        "videos": [list(c.frames) for c in clips],
+        "video_metadata": [
+            {"total_num_frames": c.total, "fps": c.fps, "frames_indices": list(c.at)} for c in clips
+        ],
+        "do_sample_frames": False,
+    }
+
+
+def given_as(processor: Any, shown: Image.Image | Clip) -> str:
+    """How the model gets what is shown, for people."""
+    if not isinstance(shown, Clip):
+        return "a picture"
+    count = len(shown.frames)
+    if takes_video(processor):
+        return f"{count} of {shown.total} frames, given as a video"
+    return f"{count} of {shown.total} frames, given as {count} images: it takes no video"
+
+
+def prepare(model: Any, processor: Any, image: Image.Image | Clip, question: str) -> dict[str, Any]:
+    """The arguments of ``generate``: one user turn with the picture or clip, then the question.
 
     Raises:
         ValueError: for an empty question, a processor without chat template, or one that puts no
@@ -42,9 +80,9 @@ def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> di
     """
     if not question.strip():
         raise ValueError('The question is empty; ask something, for example "What is this?".')
-    text = chat(processor, question)
+    text = chat(processor, question, image)
     try:
-        made = processor(images=[image], text=[text], return_tensors="pt")
+        made = processor(**vision(processor, [image]), text=[text], return_tensors="pt")
     except ValueError as error:
         raise ValueError(
             f"The processor makes no prompt of this picture and question: {error} Check that model "

@@ -25,6 +25,7 @@ from foveate.ask import costs
 from foveate.bench import DENSE, Stopwatch
 from foveate.journal import Journal, Key, Record
 from foveate.recipe import Recipe
+from foveate.scoreboard import options
 from foveate.statistics import difference, interval, mcnemar
 from foveate.tasks import Example, Task
 
@@ -128,7 +129,8 @@ def evaluate(
     cases = [Case(DENSE), *(Case(n, r) for n, r in recipes.items())]
     if blank:
         cases.insert(1, Case(DENSE, blank=True))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    scores: dict[tuple[str, str, bool], list[float]] = {}
     for task in tasks:
         _check_some(task)
         batches = _batches(task, cases, journal, batch_size)
@@ -142,8 +144,48 @@ def evaluate(
                     journal.add(_answered(model, processor, task, case, some, examples))
                 if advance:
                     advance(task.name, len(batch.span))
-        rows += summary(journal.of(task.name), cases, len(task))
-    return rows
+        found = journal.of(task.name)
+        rows += summary(found, cases, len(task))
+        for case in cases:
+            mine = [found[case.key][i].score for i in range(len(task))]
+            scores[task.name, case.name, case.blank] = mine
+    return [row | {"fewer_frames": fewer_frames(row, rows, scores)} for row in rows]
+
+
+def fewer_frames(
+    row: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    scores: Mapping[tuple[str, str, bool], Sequence[float]],
+) -> dict[str, Any] | None:
+    """How a row about clips compares with the untouched model at the same FLOPs.
+
+    That is on the fewest frames, evenly spread, that cost at least as much as the row's prompts, so
+    that nothing is won by a larger budget. The questions are the same, so the comparison is paired.
+    None for other tasks, and for the untouched model on such frames itself.
+    """
+    base, more = options(row["task"])
+    even = [
+        other
+        for other in rows
+        if (other["recipe"], other["blank"]) == (DENSE, False)
+        and options(other["task"])[0] == base
+        and "pick=" not in other["task"]
+        and other["flops"] >= row["flops"]
+    ]
+    if not more or not even or row in even:
+        return None
+    other = min(even, key=lambda one: float(one["flops"]))
+    mine = scores[row["task"], row["recipe"], row["blank"]]
+    theirs = scores[other["task"], DENSE, False]
+    low, high = difference(mine, theirs)
+    return {
+        "task": other["task"],
+        "flops": other["flops"],
+        "difference": _mean(mine) - _mean(theirs),
+        "difference_low": low,
+        "difference_high": high,
+        "mcnemar_p": mcnemar(mine, theirs),
+    }
 
 
 def _check_some(task: Task) -> None:
@@ -344,7 +386,9 @@ def _answered(
 
 
 def _blanked(example: Example) -> Example:
-    return replace(example, image=Image.new("RGB", example.image.size, BLANK))
+    blank, clip = Image.new("RGB", example.image.size, BLANK), example.clip
+    seen = replace(clip, frames=(blank,) * len(clip.frames)) if clip else None
+    return replace(example, image=blank, clip=seen)
 
 
 def _made(task: Task, batches: Sequence[Batch]) -> Iterator[dict[int, Example]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +19,24 @@ if TYPE_CHECKING:
 
 PINHOLE = "pinhole"
 LARGEST = 100_000_000  # pixels of a picture
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 _NAMES = "a Hub id (org/name), a local folder, pinhole, or shape:<name>"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Some frames of a video.
+
+    Attributes:
+        frames: in order, of one size.
+        at: where each stood among the ``total`` frames of the video.
+        fps: frames of the video per second.
+    """
+
+    frames: tuple[Image.Image, ...]
+    at: tuple[int, ...]
+    total: int
+    fps: float
 
 
 def model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
@@ -73,6 +92,53 @@ def picture(path: str | Path) -> Image.Image:
         raise ValueError(
             f"{path} is damaged or cut short ({error}); get the file again or give another."
         ) from None
+
+
+def clip(path: str | Path, frames: int) -> Clip:
+    """``frames`` frames of a video, spread evenly over it; all of them if it has fewer.
+
+    Raises:
+        ValueError: for a file that is missing or damaged, or without a video in it.
+        ImportError: without PyAV.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise missing("av", "video") from error
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; give the file of a video (MP4, WebM, MOV, …).")
+    try:
+        with av.open(str(path)) as file:  # what a file says of its frames is not always true
+            total = sum(packet.size > 0 for packet in file.demux(video=0))
+            rate = float(file.streams.video[0].average_rate or 1)
+        at = evenly(total, min(frames, total))
+        with av.open(str(path)) as file:
+            file.streams.video[0].thread_type = "AUTO"
+            decoded = itertools.islice(enumerate(file.decode(video=0)), at[-1] + 1 if at else 0)
+            found = {i: _upright(frame) for i, frame in decoded if i in at}
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(
+            f"{path} holds no video that can be decoded ({error}); give an MP4, WebM or MOV file."
+        ) from None
+    if not found:
+        raise ValueError(f"{path} holds no frame; get the file again or give another.")
+    return Clip(tuple(found.values()), tuple(found), total, rate)
+
+
+def _upright(frame: Any) -> Image.Image:
+    """A decoded frame, turned as the file says that it is to be shown."""
+    return cast("Image.Image", frame.to_image().rotate(frame.rotation, expand=True))
+
+
+def opened(path: str | Path, frames: int) -> Image.Image | Clip:
+    """A picture, or ``frames`` frames of a video, by the name of the file."""
+    video = Path(path).suffix.lower() in VIDEOS
+    return clip(path, frames) if video else picture(path)
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """The middles of ``count`` equal parts of ``total`` places."""
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 def missing(package: str, extra: str) -> ImportError:

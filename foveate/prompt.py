@@ -34,21 +34,24 @@ class Request:
     """What later forwards on the same cache must know. Lives on the cache object.
 
     Attributes:
-        cuts: the recipe's boundaries, which divide the layers into segments.
+        cuts: the boundaries of the recipes so far, which divide the layers into segments.
         masks: per segment, ``(B, rows in the cache)`` bool, or None when nobody is padded.
         hidden: rows that the entrance dropped, padding included: what ``get_seq_length`` of the
             shortened cache lacks.
         shift: ``(B, 1)``, what position ids of the caller are ahead of compact ones; None if kept.
+        served: a session has the forward under way in hand.
     """
 
     cuts: tuple[int, ...]
     masks: list[Tensor | None]
     hidden: int = 0
     shift: Tensor | None = None
+    served: bool = False
 
     def live_on(self, cache: Cache) -> None:
         """Put this on the cache that later forwards will bring."""
         vars(cache)["foveate_request"] = self
+        vars(cache)["update"] = _Served(cache)
         if self.hidden:
             vars(cache)["get_seq_length"] = _SeenLength(cache, self)
 
@@ -66,6 +69,29 @@ class _SeenLength:
     def __call__(self, layer_idx: int = 0) -> Any:
         length = type(self._cache).get_seq_length(self._cache, layer_idx)
         return length + self._request.hidden if layer_idx == 0 else length
+
+
+class _Served:
+    """``cache.update`` of a reduced cache: refuses a forward that no session has in hand.
+
+    Without one, masks and positions would be those of a prompt that is not there: errors about
+    sizes at best, and silently another answer where a mask of the wrong size happens to fit.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def __call__(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **more: Any
+    ) -> Any:
+        served = cast(Request, vars(self._cache)["foveate_request"]).served
+        if layer_idx == 0 and not served and request_of(self._cache) is not None:
+            raise ValueError(
+                "This cache was filled by a reduced prompt and the model has no recipe attached. "
+                "Go on inside foveate.reduced(model, recipe), with keep=1.0 to reduce nothing "
+                "more, or start the conversation anew."
+            )
+        return type(self._cache).update(self._cache, keys, values, layer_idx, *args, **more)
 
 
 def request_of(cache: Any) -> Request | None:
@@ -180,6 +206,11 @@ class Pass:
     deepstack: list[Tensor] = field(default_factory=list)
     order: Tensor | None = None
     tables: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Where a new segment begins."""
+        return boundaries(self.recipe, self.old)
 
     @classmethod
     def begin(
@@ -362,7 +393,7 @@ class Pass:
         if seen is None:
             return Tokens(x=x, valid=valid)
         every = torch.ones_like(self.text) if self.valid is None else self.valid
-        last = int(self.past[segment(self.recipe, layer - 1)])
+        last = int(self.past[segment(self.cuts, layer - 1)])
         return Tokens(
             x=x,
             valid=valid,
@@ -387,9 +418,9 @@ class Pass:
             with self.report.clock(self.device):
                 reduction = apply(method, self.tokens(hidden, layer), self.alive, wanted)
                 hidden = self._leave(hidden, reduction, wanted)
-        part = segment(self.recipe, layer)
+        part = segment(self.cuts, layer)
         self.segment["attention_mask"] = self.mask(self.keys(part), part, hidden)
-        last = next((c for c in schedule.cuts() if c > layer), len(schedule.alive))
+        last = next((c for c in self.cuts if c > layer), len(schedule.alive))
         self.record(last - layer)
         return hidden
 
@@ -418,7 +449,7 @@ class Pass:
         if any(self.gone):
             gone = torch.tensor(self.gone, device=self.device)[:, None]
             shift = gone if old_shift is None else gone + old_shift
-        return Request(self.recipe.schedule.cuts(), self.masks, old_hidden + self.hidden, shift)
+        return Request(self.cuts, self.masks, old_hidden + self.hidden, shift)
 
 
 def nn_pad(flags: Tensor) -> Tensor:
@@ -437,9 +468,14 @@ def take(rows: Tensor, order: Tensor) -> Tensor:
     return taken.view(*order.shape, *rows.shape[2:])
 
 
-def segment(recipe: Recipe, layer: int) -> int:
+def boundaries(recipe: Recipe, old: Request | None) -> tuple[int, ...]:
+    """Where the number of rows in a cache may change: by this recipe, or by those before it."""
+    return tuple(sorted({*recipe.schedule.cuts(), *(old.cuts if old else ())}))
+
+
+def segment(cuts: Sequence[int], layer: int) -> int:
     """The number of cuts up to and before ``layer``."""
-    return sum(cut <= layer for cut in recipe.schedule.cuts())
+    return sum(cut <= layer for cut in cuts)
 
 
 def apply(

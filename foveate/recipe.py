@@ -173,17 +173,23 @@ def parse(text: str, keep: float | None = None) -> Recipe:
             raise ValueError(f"There is no recipe file {text}.")
         return Recipe.load(text)
     name, _, rest = text.partition(":")
-    knobs: dict[str, Any] = {}
+    knobs = settings(rest, text)
+    if keep is not None and ("keep" in knobs or "pruning_rate" in knobs):
+        raise ValueError(f"The budget is said twice, --keep {keep} and in {text!r}; give one.")
+    return recipe(name, **({"keep": keep} if keep is not None else {}) | knobs)
+
+
+def settings(rest: str, text: str) -> dict[str, Any]:
+    """``key=value,…`` of the command line's ``text``, the values as JSON has them."""
+    said: dict[str, Any] = {}
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"{pair!r} in {text!r} is not key=value.")
-        if key in knobs:
+        if key in said:
             raise ValueError(f"{key} is said twice in {text!r}; give one.")
-        knobs[key] = _literal(value)
-    if keep is not None and ("keep" in knobs or "pruning_rate" in knobs):
-        raise ValueError(f"The budget is said twice, --keep {keep} and in {text!r}; give one.")
-    return recipe(name, **({"keep": keep} if keep is not None else {}) | knobs)
+        said[key] = _literal(value)
+    return said
 
 
 def with_keep(text: str, keep: float | str | None) -> str:

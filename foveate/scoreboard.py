@@ -12,6 +12,13 @@ from foveate.markers import Block
 
 BLOCK = Block("eval", "written by `foveate eval … --write README.md`")
 Row = Mapping[str, Any]
+BUDGETS = (
+    " Dense means the same frames. The gain over fewer frames is that over the untouched model on "
+    "the fewest evenly spread frames that cost at least as many FLOPs, among those that were run: "
+    "percentage points over the same clips and questions, with a paired bootstrap's 95 % "
+    "interval; *: significant at the 95 % level by McNemar's exact test."
+)
+_FEWER = "gain over fewer frames"
 _LEVEL = 0.05
 _ENOUGH = 20  # examples; of fewer, a bootstrap's interval is too narrow to rely on
 
@@ -25,30 +32,50 @@ class Line:
         recipe: what was typed for it.
         vision_tokens: mean over layers and examples.
         fewer: FLOPs of the untouched model ÷ those of this one.
+        flops: mean over prompts.
         prefill_ms: mean over prompts.
-        tasks: the row of each task.
+        tasks: the row of each task, by its name without options.
     """
 
     name: str
     recipe: str
     vision_tokens: float
     fewer: float
+    flops: float
     prefill_ms: float
     tasks: Mapping[str, Row]
 
 
+def options(name: str) -> tuple[str, str]:
+    """A task's name without its options, and these: ``video-what:frames=4`` has ``frames=4``."""
+    base, _, more = name.partition(":")
+    return (base, more) if "=" in more else (name, "")
+
+
 def lines(rows: Sequence[Row]) -> list[Line]:
-    """A line for each recipe, in the order of ``rows``."""
-    grouped: dict[tuple[str, bool], list[Row]] = {}
+    """A line for each recipe, in the order of ``rows``.
+
+    Tasks with options (numbers of frames) make a line for each recipe and options; the most FLOPs
+    come first, so what costs the same stands together.
+    """
+    grouped: dict[tuple[str, bool, str], list[Row]] = {}
     for row in rows:
-        grouped.setdefault((row["recipe"], row["blank"]), []).append(row)
-    return [_line(mine) for mine in grouped.values()]
+        key = (row["recipe"], row["blank"], options(row["task"])[1])
+        grouped.setdefault(key, []).append(row)
+    made = [_line(mine) for mine in grouped.values()]
+    return sorted(made, key=lambda line: -line.flops) if budgeted(rows) else made
+
+
+def budgeted(rows: Sequence[Row]) -> bool:
+    """Whether the rows differ in more than their recipe, and are compared by their FLOPs."""
+    return any(options(row["task"])[1] for row in rows)
 
 
 def named(row: Row) -> str:
     """The recipe of a row, and what its name does not say."""
     more = ", blank images" if row["blank"] else ", adaptive" if row["adaptive"] else ""
-    return str(row["recipe"]) + more
+    asked = options(row["task"])[1].replace(",", ", ")
+    return str(row["recipe"]) + more + (f", {asked}" if asked else "")
 
 
 def differs(row: Row) -> bool:
@@ -65,10 +92,13 @@ def differs(row: Row) -> bool:
 
 def markdown(result: Row) -> str:
     """The table of a result of ``foveate eval``, and how it was made."""
-    tasks = _counts(result)
-    heads = ("recipe", "vision tokens", "FLOPs", "prefill ms", *tasks)
+    rows = result["rows"]
+    tasks = list(dict.fromkeys(options(row["task"])[0] for row in rows))
+    heads = ["recipe", "vision tokens", "FLOPs", "prefill ms", *tasks]
+    if budgeted(rows):
+        heads[2:] = ["GFLOPs", "prefill ms", *(h for task in tasks for h in (task, _FEWER))]
     table = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-    table += [f"| {' | '.join(_cells(line, list(tasks)))} |" for line in lines(result["rows"])]
+    table += [f"| {' | '.join(_cells(line, tasks, budgeted(rows)))} |" for line in lines(rows)]
     about = (_wrapped(_made(result)), _wrapped(_legend(result)))
     return "\n".join((*table, "", *about))
 
@@ -84,16 +114,31 @@ def _line(rows: Sequence[Row]) -> Line:
         recipe=first["recipe"],
         vision_tokens=total("vision_tokens") / n,
         fewer=total("dense_flops") / total("flops"),
+        flops=total("flops") / n,
         prefill_ms=total("prefill_ms") / n,
-        tasks={row["task"]: row for row in rows},
+        tasks={options(row["task"])[0]: row for row in rows},
     )
 
 
-def _cells(line: Line, tasks: Sequence[str]) -> list[str]:
+def _cells(line: Line, tasks: Sequence[str], budgets: bool) -> list[str]:
     name = line.name if line.recipe == DENSE else line.name.replace(line.recipe, f"`{line.recipe}`")
     fewer = "1.0×" if line.recipe == DENSE else f"{line.fewer:.1f}× fewer"
-    cost = [f"{line.vision_tokens:,.0f}", fewer, f"{line.prefill_ms:,.0f}"]
-    return [name, *cost, *(_score(line.tasks[task]) for task in tasks)]
+    spent = f"{line.flops / 1e9:,.0f}" if budgets else fewer
+    cost = [f"{line.vision_tokens:,.0f}", spent, f"{line.prefill_ms:,.0f}"]
+    found = [line.tasks.get(task) for task in tasks]
+    if not budgets:
+        return [name, *cost, *(_score(row) if row else "–" for row in found)]
+    both = ((_score(row), gained(row)) if row else ("–", "") for row in found)
+    return [name, *cost, *(cell for pair in both for cell in pair)]
+
+
+def gained(row: Row) -> str:
+    """The gain over the untouched model on fewer frames, its interval, and how many they are."""
+    if (than := row.get("fewer_frames")) is None:
+        return ""
+    points = f"{100 * than['difference']:+.1f}{'*' if differs(than | {'n': row['n']}) else ''}"
+    between = "…".join(f"{100 * than[f'difference_{end}']:+.1f}" for end in ("low", "high"))
+    return f"{points} ({between}) {options(than['task'])[1]}"
 
 
 def _score(row: Row) -> str:
@@ -127,12 +172,12 @@ def _made(result: Row) -> str:
 
 
 def _legend(result: Row) -> str:
-    graded = sorted({row["task"] for row in result["rows"] if row["mcnemar_p"] is None})
+    graded = sorted({options(r["task"])[0] for r in result["rows"] if r["mcnemar_p"] is None})
     instead = f" (for {', '.join(graded)} the paired bootstrap's interval)" if graded else ""
     return (
         "Scores with their 95 % intervals; bold where the difference from dense over the same "
         f"examples is significant at the 95 % level by McNemar's exact test{instead}, not "
         "corrected for the number of comparisons. Vision tokens are means over layers and "
         "examples, FLOPs those of the language model's prefill, and prefill ms means per prompt, "
-        "measured, without the vision encoder."
+        "measured, without the vision encoder." + (BUDGETS if budgeted(result["rows"]) else "")
     )

@@ -27,6 +27,7 @@ from foveate.prompt import (
     Left,
     Pass,
     Request,
+    boundaries,
     causal_mask,
     deepstacked,
     joined,
@@ -121,6 +122,8 @@ class _Frame:
     masks: list[Any] | None = None
     mask: Any = None
     blocks: Tensor | None = None
+    old: Request | None = None
+    hooks: list[Any] = field(default_factory=list)
 
 
 class Session:
@@ -180,11 +183,8 @@ class Session:
         self._hook(base.register_forward_hook(self._leave, always_call=True))
         self._hook(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._hook(text.register_forward_hook(self._after_text))
-        for cut in schedule.cuts()[:1]:
-            for index, layer in enumerate(layers[cut:], start=cut):
-                before = partial(self._before_layer, index)
-                self._hook(layer.register_forward_pre_hook(before, with_kwargs=True))
-        if self.adapter.deepstack and self._reducing:
+        self._undo += [handle.remove for handle in self._at_layers(schedule.cuts()[:1])]
+        if self.adapter.deepstack:
             for index, layer in enumerate(layers):
                 self._hook(layer.register_forward_hook(partial(self._after_layer, index)))
         self._refuse_chunks()
@@ -202,6 +202,17 @@ class Session:
         if cast(Reducer, self.recipe.entrance).encoder == "last":
             return last
         return [self.adapter.feature_attention(self.model, module) for module in last]
+
+    def _at_layers(self, first: Sequence[int], stop: int | None = None) -> list[Any]:
+        """Hooks before the layers from ``first``, if any, up to ``stop``."""
+        layers = list(cast(nn.ModuleList, self.text.layers))
+        return [
+            layers[index].register_forward_pre_hook(
+                partial(self._before_layer, index), with_kwargs=True
+            )
+            for cut in first
+            for index in range(cut, len(layers))[: None if stop is None else max(0, stop - cut)]
+        ]
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
@@ -306,7 +317,7 @@ class Session:
         """Which rows are vision and which padding, on the host: the one copy from the device."""
         numbers = self.adapter.placeholders(self.model)
         where = {modality: ids == numbers[modality] for modality in given}
-        past = int(self._past(kwargs.get("past_key_values"))[0])
+        past = int(self._past(kwargs.get("past_key_values"), ())[0])
         valid = two_d(kwargs.get("attention_mask"), ids.shape[1], past)
         rows = [torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, *where.values()]
         host = torch.stack([row.to(ids.device) for row in rows]).cpu()
@@ -319,6 +330,11 @@ class Session:
         frame, left = self._frame.get(), None
         if frame is not None and frame.rows is not None and frame.flags is not None:
             left = Left(frame.rows.place, frame.rows.valid, frame.flags.valid.shape[1])
+        if frame is not None:
+            for handle in frame.hooks:
+                handle.remove()
+            if frame.old is not None:
+                frame.old.served = False
         self._left.set(left)
         self._frame.set(None)
 
@@ -346,21 +362,24 @@ class Session:
         if frame is None:
             return None
         old = request_of(kwargs.get("past_key_values"))
-        if old is not None and old.cuts != self.recipe.schedule.cuts():
-            raise ValueError(
-                "This cache was filled under another recipe; start the conversation anew, or "
-                "attach the recipe that it was started with."
-            )
+        if old is not None:
+            self._serve(frame, old)
         if frame.flags is not None:
             return args, self._start(frame, frame.flags, old, kwargs)
         return None if old is None else (args, self._continue(frame, old, kwargs))
+
+    def _serve(self, frame: _Frame, old: Request) -> None:
+        """A cache that was reduced, under this recipe or one with cuts elsewhere."""
+        old.served, frame.old = True, old
+        own = self.recipe.schedule.cuts()
+        frame.hooks = self._at_layers(old.cuts[:1], own[0] if own else None)
 
     def _start(
         self, frame: _Frame, flags: Flags, old: Request | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """New rows with vision tokens among them."""
         cache = kwargs.get("past_key_values")
-        past = self._past(cache)
+        past = self._past(cache, boundaries(self.recipe, old))
         old_masks = self._old_masks(old, past, frame.mask)
         self.report.begin()
         rows = Pass.begin(
@@ -375,7 +394,7 @@ class Session:
             kwargs,
             frame.blocks,
         )
-        if not self._reducing:
+        if not self._reducing and old is None:
             rows.record(self.shape.layers)
             return kwargs
         frame.rows = rows
@@ -393,7 +412,7 @@ class Session:
             alive = self._alive(frame, stay & rows.vision)
         with self.report.clock(rows.device):
             kwargs = rows.enter(kwargs, stay, alive, self.adapter.positions == "compact")
-        rows.record(next(iter(self.recipe.schedule.cuts()), self.shape.layers))
+        rows.record(next(iter(rows.cuts), self.shape.layers))
         return kwargs
 
     def _alive(self, frame: _Frame, alive: Tensor) -> list[int]:
@@ -416,7 +435,7 @@ class Session:
         new = None
         if rows > 1 and (valid := two_d(frame.mask, rows, 0)) is not None:
             new = None if bool(valid.all()) else valid.to(embeds.device)
-        past = self._past(cache)
+        past = self._past(cache, old.cuts)
         self._refuse_windows(past[0], rows)
         old.masks = [
             joined(mask, new, length, rows, batch, embeds.device)
@@ -429,16 +448,16 @@ class Session:
         positions = shifted(kwargs.get("position_ids"), old, kwargs)
         return {**kwargs, "attention_mask": frame.masks[0], "position_ids": positions}
 
-    def _past(self, cache: Any) -> list[Any]:
+    def _past(self, cache: Any, cuts: Sequence[int]) -> list[Any]:
         """Rows in the cache, per segment."""
-        starts = (0, *self.recipe.schedule.cuts())
         held = len(cache.layers) if cache is not None else 0
-        return [cache.layers[s].get_seq_length() if s < held else 0 for s in starts]
+        return [cache.layers[s].get_seq_length() if s < held else 0 for s in (0, *cuts)]
 
     def _old_masks(self, old: Request | None, past: list[Any], mask: Any) -> list[Tensor | None]:
         """Key masks of the rows in the cache, per segment; ``mask`` is the caller's."""
         if old is not None:
-            return old.masks
+            cuts = (0, *boundaries(self.recipe, old))
+            return [old.masks[segment(old.cuts, start)] for start in cuts]
         plain = isinstance(mask, Tensor) and mask.ndim == 2 and int(past[0])
         return [mask[:, : int(past[0])].bool() if plain else None for _ in past]
 
@@ -449,11 +468,12 @@ class Session:
         if frame is None:
             return None
         if frame.masks is not None:
-            return args, {**kwargs, "attention_mask": frame.masks[segment(self.recipe, index)]}
+            part = segment(cast(Request, frame.old).cuts, index)
+            return args, {**kwargs, "attention_mask": frame.masks[part]}
         rows = frame.rows
         if rows is None:
             return None
-        if index in self.recipe.schedule.cuts():
+        if index in rows.cuts:
             args = (rows.cut(args[0], index), *args[1:])
         return args, rows.given(kwargs)
 

@@ -298,17 +298,6 @@ def test_embeddings_without_ids(models) -> None:
         model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
 
 
-def test_a_cache_of_another_recipe(models) -> None:
-    model, inputs = models("llava"), batch("llava", [1])
-    with foveate.reduced(model, BOTH):
-        cache = model(**inputs, use_cache=True).past_key_values
-    with (
-        foveate.reduced(model, foveate.recipe("fastv")),
-        pytest.raises(ValueError, match="another recipe"),
-    ):
-        model(input_ids=torch.tensor([[4]]), past_key_values=cache)
-
-
 def test_a_window_shorter_than_the_prompt() -> None:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 

@@ -48,6 +48,7 @@ _EXTRAS: Mapping[str, str] = {
     "scipy": "eval",
     "sacrebleu": "eval",
     "optuna": "search",
+    "av": "video",
 }
 
 
@@ -170,30 +171,33 @@ def demo(
 
 @app.command()
 def ask(
-    image: Image,
+    image: Annotated[Path, typer.Argument(help="A picture (JPEG, PNG, …) or video (MP4, …).")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: Model = loading.PINHOLE,
     recipe: Recipes = None,
     keep: Keep = None,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames taken of a video.")] = 8,
     new_tokens: NewTokens = 48,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
-    """Answer a question about a picture, dense and reduced, side by side."""
-    from foveate.ask import answers, prepare
+    """Answer a question about a picture or video, dense and reduced, side by side."""
+    from foveate.ask import answers, given_as, prepare
     from foveate.bench import about
 
-    opened, made = loading.picture(image), options.recipes(recipe or ["aim"], keep)
+    opened, made = loading.opened(image, frames), options.recipes(recipe or ["aim"], keep)
     options.no_shape(model, "ask")
     loaded, processor = options.load(model, dtype, device, threads, made)
     given = prepare(loaded, processor, opened, question)
     with options.waiting("answering"):
         found = answers(loaded, processor, given, made, max_new_tokens=new_tokens)
     rows = [{"image": str(image), "question": question} | row for row, _ in found]
-    result = {**about(loaded, model), "rows": rows}
+    result = {**about(loaded, model), "given": given_as(processor, opened), "rows": rows}
     tables.console().print(tables.answers(rows, f"{model} on {result['device']}"))
+    if isinstance(opened, loading.Clip):
+        tables.console().print(f"{image}: {result['given']}")
     for row, report in found:
         for note in report.notes if report is not None else ():
             tables.console().print(f"{row['recipe']}: {note}")
@@ -399,8 +403,10 @@ def _at(text: str, budget: str) -> dict[str, Recipe]:
 
 def _digests(names: Iterable[str]) -> dict[str, str]:
     """What is in the files among tasks: when it has changed, old answers are no answers to it."""
-    files = [name for name in names if name.endswith(".jsonl")]
-    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:12] for f in files}
+    from foveate.tasks import file_of
+
+    files = {str(file) for name in names if (file := file_of(name)) is not None}
+    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:12] for f in sorted(files)}
 
 
 def _numbers(text: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,10 +79,13 @@ def recipes(given: Sequence[str], keep: float | None) -> dict[str, Recipe]:
 
 
 def tasks(given: Sequence[str], **how: Any) -> dict[str, Task]:
-    """The tasks of the command line by what was typed; a file may have commas in its name."""
+    """The tasks of the command line by what was typed; a file may have commas in its name.
+
+    ``A,B:x=1,y=2`` are two: what follows a comma as ``key=`` belongs to the task before.
+    """
     from foveate.tasks import task
 
-    parts = [[text] if Path(text).is_file() else text.split(",") for text in given]
+    parts = [[text] if Path(text).is_file() else re.split(r",(?!\s*\w+=)", text) for text in given]
     names = dict.fromkeys(name.strip() for part in parts for name in part if name.strip())
     if not names:
         raise ValueError("--task names no task; try --task easyvqa.")

@@ -123,16 +123,36 @@ def evaluation(result: Row) -> RenderableType:
     head = f"{result['model']} on {result['device']}, {result['dtype']}, {result['split']} split"
     tasks = dict.fromkeys(row["task"] for row in result["rows"])
     parts = [[row for row in result["rows"] if row["task"] == task] for task in tasks]
-    made = [_costs(scoreboard.lines(result["rows"])), *map(_scores, parts)]
-    notes = [Text(note) for note in (*result["notes"], _SCORED)]
+    lines, budgets = scoreboard.lines(result["rows"]), scoreboard.budgeted(result["rows"])
+    made = [_costs(lines, budgets), *map(_scores, parts)]
+    if budgets:
+        bases = dict.fromkeys(task for line in lines for task in line.tasks)
+        made = [_costs(lines, budgets), *(_gains(lines, task) for task in bases)]
+    more = scoreboard.BUDGETS.strip() if budgets else ""
+    notes = [Text(note) for note in (*result["notes"], _SCORED, more) if note]
     return Group(Text(head, "bold"), *(part for table in made for part in ("", table)), "", *notes)
 
 
-def _costs(lines: Sequence[scoreboard.Line]) -> Table:
-    table = _numbers("cost, all tasks", "vision tokens", "FLOPs", "prefill ms")
+def _costs(lines: Sequence[scoreboard.Line], budgets: bool) -> Table:
+    flops = "GFLOPs" if budgets else "FLOPs"
+    table = _numbers("cost, all tasks", "vision tokens", flops, "prefill ms")
     for line in lines:
         fewer = f"{line.fewer:.2f}× fewer" if line.recipe != "dense" else ""
-        table.add_row(line.name, f"{line.vision_tokens:.1f}", fewer, f"{line.prefill_ms:.0f}")
+        spent = f"{line.flops / 1e9:.1f}" if budgets else fewer
+        table.add_row(line.name, f"{line.vision_tokens:.1f}", spent, f"{line.prefill_ms:.0f}")
+    return table
+
+
+def _gains(lines: Sequence[scoreboard.Line], task: str) -> Table:
+    """One task at all numbers of frames, the most FLOPs first."""
+    rows = [line.tasks[task] for line in lines if task in line.tasks]
+    title = f"{task}, {rows[0]['n']} examples"
+    table = _numbers(title, "GFLOPs", "%", "95 %", "gain over fewer frames")
+    for row in rows:
+        score = [f"{100 * row['score']:.1f}", _between(row, "ci", "")]
+        table.add_row(
+            scoreboard.named(row), f"{row['flops'] / 1e9:.0f}", *score, scoreboard.gained(row)
+        )
     return table
 
 

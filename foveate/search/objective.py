@@ -151,7 +151,8 @@ class Calibration:
 
 def _digest(example: Example) -> str:
     found = hashlib.sha256(f"{example.question}\0{example.answer}\0".encode())
-    found.update(example.image.tobytes())
+    for image in example.clip.frames if example.clip else (example.image,):
+        found.update(image.tobytes())
     return found.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from foveate.recipe import settings
 from foveate.tasks.example import Example, Task
 
 __all__ = ["Example", "Task", "names", "task"]
@@ -16,7 +17,8 @@ def names() -> tuple[str, ...]:
     """Every task that ``task`` knows."""
     photos = ("flickr8k-yesno", "flickr8k-yesno-popular", "flickr8k-yesno-adversarial")
     scenes = ("scenes-where", "scenes-count", "scenes-words")
-    return (*photos, "flickr8k-choice", "flickr8k-caption", "easyvqa", *scenes)
+    video = [f"video-{kind}{of}" for kind in ("what", "order", "where") for of in ("", "-shapes")]
+    return (*photos, "flickr8k-choice", "flickr8k-caption", "easyvqa", *scenes, *video)
 
 
 def task(
@@ -32,15 +34,24 @@ def task(
     ``data`` is a folder of photos, for the tasks that need one.
     Photos have the splits that the folder holds. Of easyvqa, ``validation`` and ``test`` are the
     package's test split; drawn scenes differ in every split. A file of one's own has no splits.
+    Video tasks have options: ``video-what:frames=4,pick=changed`` (:mod:`foveate.tasks.video`).
     """
-    if name.endswith(".jsonl"):
+    if (own := file_of(name)) is not None:
         from foveate.tasks.own import Own
 
-        return Own(_there(Path(name)), seed, limit)
+        given = settings(name.removeprefix(f"{own}").removeprefix(":"), name)
+        frames = given.pop("frames", None)
+        if given or not (frames is None or (isinstance(frames, int) and frames > 0)):
+            raise ValueError(f"{name}: a file has one option, as in {own}:frames=4.")
+        return Own(_there(own), seed, limit, frames)
+    name, _, more = name.partition(":")
+    given = settings(more, name)
+    if given and not name.startswith("video-"):
+        raise ValueError(f"{name} has no options; ask for it without {more!r}.")
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
         raise ValueError(f"no task {name!r}; did you mean {near!r}? Tasks: {', '.join(names())}")
-    if not name.startswith("flickr8k") and split not in SPLITS:
+    if not name.startswith(("flickr8k", "video-")) and split not in SPLITS:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(SPLITS)}.")
     if name == "easyvqa":
         from foveate.tasks.easyvqa import EasyVQA
@@ -50,6 +61,10 @@ def task(
         from foveate.tasks.scenes import Scenes
 
         return Scenes(name.removeprefix("scenes-"), split, seed, limit)
+    if name.startswith("video-"):
+        from foveate.tasks.video import task as video
+
+        return video(name, given, data=data, split=split, seed=seed, limit=limit)
     from foveate.tasks.flickr8k import Caption, Choice, YesNo
     from foveate.tasks.photos import photos
 
@@ -59,6 +74,13 @@ def task(
         return Caption(photos(data, split), seed, limit)
     negatives = name.removeprefix("flickr8k-yesno").removeprefix("-") or "random"
     return YesNo(photos(data, split), negatives, seed, limit)
+
+
+def file_of(name: str) -> Path | None:
+    """The JSONL file that a task's name names, its options left out; None for other tasks."""
+    base, colon, more = name.rpartition(":")
+    file = base if colon and "=" in more else name
+    return Path(file) if file.endswith(".jsonl") else None
 
 
 def _there(file: Path) -> Path:

@@ -8,10 +8,12 @@ from typing import Protocol
 
 from PIL import Image
 
+from foveate.loading import Clip
+
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image.
+    """One question about one image, or about a clip, of which ``image`` is then the first frame.
 
     ``choices`` empty: the answer is generated and compared. Otherwise the model's likelihood picks
     among ``choices``, of which ``answer`` is one. ``meta`` says which kind of example it is, and
@@ -25,6 +27,12 @@ class Example:
     meta: dict[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     new_tokens: int = 12
+    clip: Clip | None = None
+
+    @property
+    def shown(self) -> Image.Image | Clip:
+        """What the question is about."""
+        return self.clip or self.image
 
 
 class Task(Protocol):

@@ -1,10 +1,11 @@
-"""A task of one's own: a JSONL file, one question about one image a line.
+"""A task of one's own: a JSONL file, one question about one image or video a line.
 
     {"image": "photos/1.jpg", "question": "What colour is the car?", "answer": "red"}
     {"image": "2.png", "question": "…", "answer": ["two", "2"]}
-    {"image": "3.png", "question": "…", "answer": "B", "choices": ["A", "B", "C"]}
+    {"image": "3.mp4", "question": "…", "answer": "B", "choices": ["A", "B", "C"]}
 
-Paths are relative to the file. Of several answers any will do; choices go by likelihood.
+Paths are relative to the file. Of several answers any will do; choices go by likelihood. Of a video
+8 frames are taken, or 4 as the task ``mine.jsonl:frames=4``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from foveate.loading import picture
+from foveate.loading import Clip, opened
 from foveate.tasks.example import Example, matches
+
+FRAMES = 8  # of a video
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,11 @@ class Own:
     file: Path
     seed: int = 0
     limit: int | None = None
+    frames: int | None = None
 
     @property
     def name(self) -> str:
-        return self.file.stem
+        return self.file.stem + (f":frames={self.frames}" if self.frames else "")
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -52,8 +56,11 @@ class Own:
     def example(self, index: int) -> Example:
         row = self.rows[index]
         first, *more = row["answers"]
-        image = picture(self.file.parent / row["image"])
-        return Example(image, row["question"], first, tuple(row["choices"]), also=tuple(more))
+        shown = opened(self.file.parent / row["image"], self.frames or FRAMES)
+        clip = shown if isinstance(shown, Clip) else None
+        image = shown.frames[0] if isinstance(shown, Clip) else shown
+        choices = tuple(row["choices"])
+        return Example(image, row["question"], first, choices, also=tuple(more), clip=clip)
 
     def score(self, example: Example, answer: str) -> float:
         right = (example.answer, *example.also)

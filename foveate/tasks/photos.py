@@ -80,7 +80,7 @@ def photos(data: str | Path | None, split: str) -> Photos:
         f"no {split}.tar and {split}.jsonl in {there}.\n"
         'Name a folder that holds them, one {"image": ..., "captions": [...]} a line: '
         "--data DIR --split S. Tasks that need no folder: easyvqa, scenes-where, scenes-count, "
-        "scenes-words."
+        "scenes-words, video-what-shapes, video-order-shapes, video-where-shapes."
     )
 
 
