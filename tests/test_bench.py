@@ -26,7 +26,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 from foveate.adapter import family, text_shape
-from foveate.bench import DENSE, IDENTITY, Settings, Stopwatch, bench, elapsed, run, sheet, verdict
+from foveate.bench import (
+    DENSE,
+    IDENTITY,
+    Settings,
+    Stopwatch,
+    bench,
+    elapsed,
+    run,
+    sheet,
+    stopwatch,
+    verdict,
+)
 from foveate.bench.run import attention_flops
 from foveate.bench.verdicts import beside, break_even_output, break_even_prompt
 from foveate.reducers.fastv import FastV
@@ -457,6 +468,25 @@ def test_ragged_lengths_are_attained_with_ragged_text(models, monkeypatch) -> No
     for ragged in (False, True):
         bench(models("llava"), {}, Prompt(2, ragged=ragged), Settings((2,), 1, identity=False))
     assert [k["ragged"] for k in given] == [False, False, True, True]
+
+
+def test_no_clock_is_read_before_the_last_one_is_set(models, monkeypatch) -> None:
+    """Reading an event waits for the device; between the first tick and the last nobody may."""
+    done: list[str] = []
+
+    def noting(word: str, plain: Any) -> Any:
+        return lambda *args: done.append(word) or plain(*args)
+
+    monkeypatch.setattr(run, "wait", noting("begin", run.wait))
+    monkeypatch.setattr(stopwatch, "tick", noting("tick", stopwatch.tick))
+    for module in (run, stopwatch):
+        monkeypatch.setattr(module, "elapsed", noting("read", stopwatch.elapsed))
+    bench(models("llava"), {"aim": RECIPES["aim"]}, Prompt(), Settings((2, 3), repeats=1))
+    runs = " ".join(done).split("begin")[1:]
+    assert len(runs) > 6
+    for one in runs:
+        ticks, _, reads = one.strip().partition(" read")
+        assert ticks and set(ticks.split()) == {"tick"} and "tick" not in reads
 
 
 # FLOPs
