@@ -109,6 +109,11 @@ def timed(clock: Clock) -> Any:
     return model
 
 
+def used(mebibytes: int) -> None:
+    """Have that much memory for a moment."""
+    torch.ones(mebibytes << 18)
+
+
 def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["recipe"]: row for row in result["rows"]}
 
@@ -487,6 +492,18 @@ def test_no_clock_is_read_before_the_last_one_is_set(models, monkeypatch) -> Non
     for one in runs:
         ticks, _, reads = one.strip().partition(" read")
         assert ticks and set(ticks.split()) == {"tick"} and "tick" not in reads
+
+
+@pytest.mark.parametrize("where", ["vision_tower", "language_model"])
+def test_peaks_of_encoder_and_prompt(where: str) -> None:
+    """128 MiB in one of them, in passing."""
+    model = tiny.llava()
+    getattr(model.model, where).register_forward_pre_hook(lambda *_: used(128))
+    (row,) = bench(model, {}, Prompt(), ONCE)["rows"]
+    if row["peak_bytes"] is None:
+        pytest.skip("this system does not tell peaks")
+    more = row["peak_bytes"] - row["prefill_peak_bytes"]
+    assert (more > 100 << 20) if where == "vision_tower" else more == 0
 
 
 # FLOPs
