@@ -26,7 +26,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 from foveate.adapter import family, text_shape
-from foveate.bench import DENSE, IDENTITY, Settings, Stopwatch, bench, elapsed, run, sheet, verdict
+from foveate.bench import (
+    DENSE,
+    IDENTITY,
+    Settings,
+    Stopwatch,
+    bench,
+    elapsed,
+    run,
+    sheet,
+    stopwatch,
+    verdict,
+)
 from foveate.bench.run import attention_flops
 from foveate.bench.verdicts import beside, break_even_output, break_even_prompt
 from foveate.reducers.fastv import FastV
@@ -96,6 +107,11 @@ def timed(clock: Clock) -> Any:
     inside = model.model.multi_modal_projector.linear_1  # the stopwatch's hooks stand around it
     inside.register_forward_pre_hook(lambda *_: clock.spend(VISION))
     return model
+
+
+def used(mebibytes: int) -> None:
+    """Have that much memory for a moment."""
+    torch.ones(mebibytes << 18)
 
 
 def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -457,6 +473,37 @@ def test_ragged_lengths_are_attained_with_ragged_text(models, monkeypatch) -> No
     for ragged in (False, True):
         bench(models("llava"), {}, Prompt(2, ragged=ragged), Settings((2,), 1, identity=False))
     assert [k["ragged"] for k in given] == [False, False, True, True]
+
+
+def test_no_clock_is_read_before_the_last_one_is_set(models, monkeypatch) -> None:
+    """Reading an event waits for the device; between the first tick and the last nobody may."""
+    done: list[str] = []
+
+    def noting(word: str, plain: Any) -> Any:
+        return lambda *args: done.append(word) or plain(*args)
+
+    monkeypatch.setattr(run, "wait", noting("begin", run.wait))
+    monkeypatch.setattr(stopwatch, "tick", noting("tick", stopwatch.tick))
+    for module in (run, stopwatch):
+        monkeypatch.setattr(module, "elapsed", noting("read", stopwatch.elapsed))
+    bench(models("llava"), {"aim": RECIPES["aim"]}, Prompt(), Settings((2, 3), repeats=1))
+    runs = " ".join(done).split("begin")[1:]
+    assert len(runs) > 6
+    for one in runs:
+        ticks, _, reads = one.strip().partition(" read")
+        assert ticks and set(ticks.split()) == {"tick"} and "tick" not in reads
+
+
+@pytest.mark.parametrize("where", ["vision_tower", "language_model"])
+def test_peaks_of_encoder_and_prompt(where: str) -> None:
+    """128 MiB in one of them, in passing."""
+    model = tiny.llava()
+    getattr(model.model, where).register_forward_pre_hook(lambda *_: used(128))
+    (row,) = bench(model, {}, Prompt(), ONCE)["rows"]
+    if row["peak_bytes"] is None:
+        pytest.skip("this system does not tell peaks")
+    more = row["peak_bytes"] - row["prefill_peak_bytes"]
+    assert (more > 100 << 20) if where == "vision_tower" else more == 0
 
 
 # FLOPs

@@ -126,7 +126,7 @@ def merged_by_loop(x: Tensor, metric: Tensor, budget: int) -> Tensor:
 def measure(
     works: Iterator[Work], device: torch.device, repeats: int = 5, warmup: int = 1
 ) -> list[dict[str, Any]]:
-    """A row for every way: medians and quartiles of interleaved rounds, the peak over all.
+    """A row for every way: medians and quartiles of interleaved rounds, the peak of untimed ones.
 
     ``ratio`` is its time over that of the first way; ``extra_bytes`` what it needs beside what was
     there before, as the process or the device tells (None where neither does).
@@ -139,9 +139,10 @@ def measure(
             order = list(work.ways)
             draw.shuffle(order)
             for way in order:
-                ms, more = _once(work.ways[way], device)
-                extra[way] += more
-                took[way] += [ms] * (turn >= warmup)
+                if turn < warmup:
+                    extra[way] += _extra(work.ways[way], device)
+                else:
+                    took[way].append(_once(work.ways[way], device))
         first = statistics.median(next(iter(took.values())))
         for way, samples in took.items():
             low, high = _quartiles(samples)
@@ -152,18 +153,27 @@ def measure(
 
 
 @torch.no_grad()
-def _once(way: Callable[[], object], device: torch.device) -> tuple[float, list[int]]:
-    """Milliseconds, and bytes beside what was there before in a list of one or none."""
+def _once(way: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds."""
+    gc.collect()
+    wait(device)
+    start = tick(device)
+    done = way()
+    stop = tick(device)
+    del done
+    return elapsed(start, stop)
+
+
+@torch.no_grad()
+def _extra(way: Callable[[], object], device: torch.device) -> list[int]:
+    """Bytes at most beside what was there before, in a list of one; empty if nothing tells."""
     peak = Peak(device)
     gc.collect()
     wait(device)
     peak.forget()
-    before, start = peak.read(), tick(device)
-    done = way()
-    stop = tick(device)
-    ms = elapsed(start, stop)
-    del done
-    return ms, [after - b for after, b in zip(peak.read(), before, strict=True)]
+    before = peak.read()
+    way()
+    return [after - b for after, b in zip(peak.read(), before, strict=True)]
 
 
 def _quartiles(samples: Sequence[float]) -> tuple[float, float]:

@@ -28,7 +28,6 @@ from foveate.shapes import Prompt, inputs, text_only
 
 DENSE, IDENTITY = "dense", "identity"
 _TIMES = ("vision_ms", "prefill_ms", "reduce_ms", "ttft_ms", "decode_ms")
-_PEAKS = ("peak_bytes", "prefill_peak_bytes")
 
 Progress = Callable[[int, int, str], object]
 
@@ -92,7 +91,7 @@ def bench(
 
     Rows take turns in rounds, each round in an order of its own (seeded): a machine that slows down
     slows all of them, and none always follows the same other. Figures are medians, ``spread`` their
-    quartiles; peaks are the highest of all rounds.
+    quartiles; peaks are those of the last untimed round.
 
     Args:
         recipes: by the name their row gets.
@@ -210,13 +209,13 @@ class _Run:
         return sorted(lengths) if self.settings.attainable else []
 
     def _warm(self) -> None:
-        """Untimed rounds, which also tell the lengths."""
+        """Untimed rounds, which also tell the lengths and how much memory it takes at most."""
         self.counter.say(DENSE)
         self.part.vision_flops = self._vision_flops()
         for _ in range(self.settings.warmup):
             for case in self.cases:
                 self.counter.say(case.name)
-                self._measure(case)
+                self._measure(case, Peak(self.watch.device))
         lengths = self._lengths()
         self.counter.total += len(lengths) * (1 + self.settings.repeats)
         for rows in lengths:
@@ -224,40 +223,41 @@ class _Run:
             self._text(rows)
 
     @torch.no_grad()
-    def _measure(self, case: Case) -> dict[str, float]:
-        """One prompt and its answer."""
-        watch, peak = self.watch, Peak(self.watch.device)
-        seen: list[int] = []  # peaks while seeing; what comes after the last is the prompt's
+    def _measure(self, case: Case, peak: Peak | None = None) -> dict[str, float]:
+        """One prompt and its answer; with ``peak`` the prompt's memory, which takes time."""
+        watch, highest = self.watch, []
 
-        def forget() -> None:
-            seen.extend(peak.read())
-            peak.forget()
+        def forget() -> None:  # after every part of the encoder; what comes then is the prompt's
+            if peak is not None:
+                highest.extend(peak.read())
+                peak.forget()
 
         gc.collect()
         wait(watch.device)
-        peak.forget()
-        with watch.around(case.recipe, case.how, forget) as report:
+        if peak is not None:
+            peak.forget()
+        with watch.around(case.recipe, case.how, forget if peak is not None else None) as report:
             begin = watch.tick()
             out = self.model(**self.inputs, use_cache=True, logits_to_keep=1)
             first = watch.tick()
-            highest = peak.read()
+            last = peak.read() if peak is not None else []
             kv_bytes = _held(out.past_key_values)
             start = watch.tick()
             stops = self._decode(out)
             forward = watch.forwards()[0]
         self._note(case, report, kv_bytes)
+        if peak is not None:
+            found = {"peak_bytes": max([*highest, *last], default=None)}
+            self.part.facts[case.name] |= found | {"prefill_peak_bytes": next(iter(last), None)}
         ttft, longest = elapsed(begin, first), max(stops)
-        took = {
+        return {
             "vision_ms": forward.vision_ms,
             "prefill_ms": forward.prefill_ms,
             "reduce_ms": report.reduce_ms if report is not None else 0.0,
             "ttft_ms": ttft,
             "decode_ms": elapsed(start, stops[longest]) / (longest - 1),
+            **{_total(n): ttft + elapsed(start, stop) for n, stop in stops.items()},
         }
-        took |= {_total(n): ttft + elapsed(start, stop) for n, stop in stops.items()}
-        if highest:
-            took |= {"peak_bytes": max(*seen, *highest), "prefill_peak_bytes": highest[0]}
-        return took
 
     def _decode(self, out: Any) -> dict[int, Any]:
         """Greedy tokens on the cache that the prompt left: when each length was reached."""
@@ -313,7 +313,8 @@ class _Run:
         vision = [dense] * layers if report is None else report.alive
         per_sample = list(zip(*rows, strict=True))
         self.part.lengths[case.name] = [max(alive) for alive in rows]
-        self.part.facts[case.name] = {
+        facts = self.part.facts.setdefault(case.name, {})
+        facts |= {
             "prompt_tokens": max(dense_rows),
             "vision_tokens": sum(map(sum, vision)) / layers / batch,
             "vision_tokens_entrance": sum(vision[0]) / batch,
@@ -323,7 +324,7 @@ class _Run:
             "kv_bytes": kv_bytes,
         }
         if report is not None and report.notes:
-            self.part.facts[case.name]["notes"] = list(report.notes)
+            facts["notes"] = list(report.notes)
 
     @property
     def typical(self) -> dict[int, float]:
@@ -363,7 +364,6 @@ class _Run:
             "recipe": name,
             "batch": batch,
             **part.facts[name],
-            **{key: max(part.samples(name, key), default=None) for key in _PEAKS},
             **times,
             "decode_tokens_per_s": 1e3 * batch / times["decode_ms"],
             "answers": answers,

@@ -13,7 +13,7 @@ from rich.text import Text
 from foveate import scoreboard
 
 Row = Mapping[str, Any]
-_ABREAST = 5  # columns of recipes that fit into 80 characters
+_ABREAST = 4  # columns of recipes that fit into 80 characters
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -55,7 +55,7 @@ def _answer(row: Row, dense: Row) -> Iterable[RenderableType]:
 
 
 def bench(result: Row) -> RenderableType:
-    """Stages, then what was gained against what could be; a column a recipe, five at a time."""
+    """Stages, then what was gained against what could be; a column a recipe, four at a time."""
     prompt = result["prompt"]
     items = f"{prompt['frames']} frames" if prompt["frames"] else f"{prompt['images']} image(s)"
     ragged = ", ragged" if prompt["ragged"] else ""
@@ -74,7 +74,7 @@ def bench(result: Row) -> RenderableType:
 
 def _stages(rows: Sequence[Row]) -> Table:
     table = _table("")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row["recipe"], style="cyan", justify="right", overflow="fold")
     for name, said in _STAGES.items():
@@ -281,7 +281,7 @@ _STAGES: Mapping[str, Callable[[Row], str]] = {
     "vision tokens": lambda row: f"{row['vision_tokens']:.0f}",
     "KV MiB": lambda row: _mebi(row["kv_bytes"]),
     "peak MiB": lambda row: _mebi(row["peak_bytes"]),
-    "  of the prompt": lambda row: _mebi(row["prefill_peak_bytes"]),
+    "  prompt's part": lambda row: _mebi(row["prefill_peak_bytes"]),
     "vision ms": lambda row: f"{row['vision_ms']:.1f}",
     "prefill ms": lambda row: f"{row['prefill_ms']:.1f}",
     "  ± half IQR": _half_spread,
@@ -295,7 +295,7 @@ _STAGES: Mapping[str, Callable[[Row], str]] = {
     "GFLOPs": lambda row: f"{row['flops'] / 1e9:,.0f}",
     "  by the papers": lambda row: f"{row['paper_flops'] / 1e9:,.0f}",
 }
-_LAST = ("  of the prompt", "efficiency")  # a line below these
+_LAST = ("  prompt's part", "efficiency")  # a line below these
 _BEFORE_ANSWERS = "decode ms"
 _SCORED = (
     "− dense: percentage points over the same examples, with a paired bootstrap's 95 % interval; "
