@@ -256,6 +256,20 @@ def test_a_bf16_model_works(models) -> None:
             assert logits_of(model, inputs).isfinite().all()
 
 
+@torch.no_grad()
+def test_the_encoder_gets_what_it_always_gets(models) -> None:
+    """Encoders of other packages take no argument that they do not know."""
+    model, inputs, given = models("llava"), batch("llava", [1]), []
+    hook = model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(sorted(kwargs)), with_kwargs=True
+    )
+    model.generate(**inputs, max_new_tokens=1)
+    with foveate.reduced(model, BOTH):
+        model.generate(**inputs, max_new_tokens=1)
+    hook.remove()
+    assert given[0] == given[1]
+
+
 # What is refused
 
 
