@@ -160,6 +160,10 @@ class Adapter(ABC):
         """
         return None
 
+    def answered(self, call: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
+        """The arguments of the model's forward, their last ``rows`` columns marked as an answer."""
+        return call
+
     @abstractmethod
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]

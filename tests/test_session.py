@@ -238,6 +238,8 @@ def test_the_watch_sees_what_attention_used(family: str) -> None:
     heads = tokens.q.shape[1] // tokens.k.shape[1]
     keys = tokens.k.repeat_interleave(heads, 1)
     scores = tokens.q @ keys.transpose(-1, -2) * tokens.scale
+    if (cap := getattr(model.config.get_text_config(), "attn_logit_softcapping", None)) is not None:
+        scores = cap * torch.tanh(scores / cap)  # methods rank by what is before the cap
     rows = tokens.rows[:, None, None, :] & torch.ones(scores.shape[-2:]).bool().tril()
     last = scores.masked_fill(~rows, -torch.inf).softmax(-1)[:, :, -1]
     assert torch.allclose(last, weights[:, :, -1], atol=1e-6)
