@@ -63,7 +63,7 @@ def test_entrance_and_layers_together(family: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("images", [[1, 1], [2, 0, 1]], ids=["even", "padded"])
-@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "qwen3-vl", "gemma-3", "paligemma"])
 def test_static_cache_equals_dynamic(models, family: str, images: list[int]) -> None:
     model, inputs = models(family), batch(family, images)
     static = {"cache_implementation": "static", "disable_compile": True}
@@ -74,7 +74,9 @@ def test_static_cache_equals_dynamic(models, family: str, images: list[int]) -> 
 
 
 @pytest.mark.parametrize("recipe", [BOTH, foveate.recipe("prumerge")], ids=["fixed", "adaptive"])
-@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2.5-vl"])
+@pytest.mark.parametrize(
+    "family", ["llava", "internvl", "qwen2.5-vl", "qwen3-vl", "gemma-3", "smolvlm", "mistral-3"]
+)
 @torch.no_grad()
 def test_beam_search_of_a_batch_equals_singles(models, family: str, recipe: Recipe) -> None:
     model, beams = models(family), {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}

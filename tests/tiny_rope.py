@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import tiny
 import torch
 from tiny import IMAGE, VIDEO, Family, Picture, _noise, _ready, modalities, text_config
 from torch import Tensor
@@ -105,6 +107,9 @@ MARKED = Picture(
 MIXED = [["small", "image"], [], ["video", "image"], ["video"]]
 
 FAMILIES = {
+    "qwen2.5-vl": replace(
+        tiny.FAMILIES["qwen2.5-vl"], more={"small": SMALL, "video": WHOLE}, mixed=[MIXED]
+    ),
     "qwen2-vl": Family(
         "qwen2-vl",
         qwen2_vl,
