@@ -177,6 +177,10 @@ def test_images_see_themselves_in_both_directions(models, name: str) -> None:
     """Were the masks of a cut causal, the oracle would tell: here the two differ."""
     model, inputs = models(name), batch(name, [1])
     run = oracle.reduced_run(model, recipe_of("fastv"), inputs, 2)
+    with foveate.reduced(model, recipe_of("fastv")) as report:
+        model(**inputs)
+    assert [note for note in report.notes if "both directions" in note] == report.notes
+    assert len(report.notes) == 1
     blind = {k: v for k, v in inputs.items() if k != "token_type_ids"}
     assert (run.logits - oracle.masked_logits(model, inputs, run)).abs().max() < 2e-6
     assert (run.logits - oracle.masked_logits(model, blind, run)).abs().max() > 1e-4
