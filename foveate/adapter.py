@@ -283,7 +283,7 @@ def _averaged(rows: Tensor, stride: int) -> Tensor:
     """Square rasters ``(B, H, patches, d)`` to the means of their squares ``(B, H, tokens, d)``."""
     side = math.isqrt(rows.shape[2])
     squares = rows.unflatten(2, (side, side)).unfold(2, stride, stride).unfold(3, stride, stride)
-    return squares.mean((-2, -1)).flatten(2, 3)
+    return cast(Tensor, squares.mean((-2, -1)).flatten(2, 3))
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:
