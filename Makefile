@@ -24,7 +24,7 @@ lmms: .venv-lmms/ready
 	.venv-lmms/bin/python -m pytest tests/test_lmms.py
 
 matrix: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m "" --write-matrix tests/test_contract.py
+	$(BIN)/python -m pytest -n 2 -m "" --write-matrix tests/test_contract.py tests/test_mixed.py
 
 check: .venv/dev
 	$(BIN)/ruff check .

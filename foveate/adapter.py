@@ -160,6 +160,10 @@ class Adapter(ABC):
         """
         return None
 
+    def answered(self, call: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
+        """The arguments of the model's forward, their last ``rows`` columns marked as an answer."""
+        return call
+
     @abstractmethod
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
@@ -279,7 +283,7 @@ def _averaged(rows: Tensor, stride: int) -> Tensor:
     """Square rasters ``(B, H, patches, d)`` to the means of their squares ``(B, H, tokens, d)``."""
     side = math.isqrt(rows.shape[2])
     squares = rows.unflatten(2, (side, side)).unfold(2, stride, stride).unfold(3, stride, stride)
-    return squares.mean((-2, -1)).flatten(2, 3)
+    return cast(Tensor, squares.mean((-2, -1)).flatten(2, 3))
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -119,7 +119,8 @@ class Entrance:
 
         def reduced(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
-            return self._encode(modality, original, {**bound, **bound.pop("kwargs", {})})
+            more = bound.pop("kwargs", {})
+            return self._encode(modality, original, {**bound, **more})
 
         cast(Any, reduced).__signature__ = signature  # generate reads it to pick the arguments
         setattr(base, name, reduced)

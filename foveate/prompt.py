@@ -27,6 +27,10 @@ from foveate.reducer import Reducer, Reduction, Tokens
 from foveate.report import Report
 
 _IGNORED = -100  # the label that losses leave out
+_BOTH_WAYS = (
+    "Rows of an image or a prefix see each other in both directions in this model; methods rank by "
+    "what each row sees of the rows before it."
+)
 
 
 @dataclass
@@ -392,6 +396,8 @@ class Pass:
         x = take(hidden, at)
         if seen is None:
             return Tokens(x=x, valid=valid)
+        if self.blocks is not None and _BOTH_WAYS not in self.report.notes:
+            self.report.notes.append(_BOTH_WAYS)
         every = torch.ones_like(self.text) if self.valid is None else self.valid
         last = int(self.past[segment(self.cuts, layer - 1)])
         return Tokens(

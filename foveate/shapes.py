@@ -263,37 +263,58 @@ def _llava_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
     )
 
 
-def _onevision_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
-    config = cast(Any, model.config)
-    side = config.vision_config.image_size
-    if prompt.frames:
-        _one_size(prompt, side, "every frame of a video is brought to it")
-        each = math.ceil(side // config.vision_config.patch_size / 2) ** 2
-        pixels = _noise(prompt, prompt.batch, prompt.frames, 3, side, side)
-        tokens = [each * prompt.frames + 1] * prompt.batch
-        return _Pixels("video", tokens, {"pixel_values_videos": pixels})
-    from transformers.models.llava_onevision.modeling_llava_onevision import (
-        image_size_to_num_patches,
-    )
+def _video_llava_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
+    """Frames bring their [CLS] along."""
+    if not prompt.frames:
+        return _llava_pixels(model, prompt)
+    vision = cast(Any, model.config).vision_config
+    side = vision.image_size
+    _one_size(prompt, side, "the encoder's positions are for that size")
+    each = (side // vision.patch_size) ** 2 + 1
+    pixels = _noise(prompt, prompt.batch, prompt.frames, 3, side, side)
+    tokens = [each * prompt.frames] * prompt.batch
+    return _Pixels("video", tokens, {"pixel_values_videos": pixels})
 
+
+def _anyres_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
+    """The whole image and its tiles; on OneVision each of several images is one tile."""
+    _no_video(model, prompt)
+    adapter, config = cast(Any, family(model)), cast(Any, model.config)
+    side, count = config.vision_config.image_size, prompt.batch * prompt.images
     size = list(prompt.image_size or (side, side))
-    count = prompt.batch * prompt.images
-    alone = prompt.images == 1  # anyres tiles; several images get one tile each
-    tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, side) if alone else 1
-    given = {
-        "pixel_values": _noise(prompt, count, tiles, 3, side, side),
-        "image_sizes": torch.tensor([size] * count),
-        "batch_num_images": torch.tensor([prompt.images] * prompt.batch),
-    }
+    given = {"image_sizes": torch.tensor([size] * count)}
+    if config.model_type == "llava_onevision":
+        given["batch_num_images"] = torch.tensor([prompt.images] * prompt.batch)
+    tiles = adapter.tiles(model, given)
+    given["pixel_values"] = _noise(prompt, count, tiles[0], 3, side, side)
     patches = (side // config.vision_config.patch_size) ** 2
-    base = cast(Any, family(model).base(model))
-    packed, _ = base.pack_image_features(
-        [torch.zeros(tiles, patches, 1)],
-        torch.tensor([size]),
-        image_newline=torch.zeros(1),
-        vision_aspect_ratio=config.vision_aspect_ratio,
-    )
-    return _Pixels("image", [len(packed[0])] * count, given)
+    packed = adapter.pack(model, given, [torch.zeros(n, patches, 1) for n in tiles])
+    return _Pixels("image", [len(image) for image in packed], given)
+
+
+def _anyres_or_video_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
+    """Images, or frames brought to one size and pooled; OneVision adds a newline token."""
+    if not prompt.frames:
+        return _anyres_pixels(model, prompt)
+    config = cast(Any, model.config)
+    side, newline = config.vision_config.image_size, config.model_type == "llava_onevision"
+    _one_size(prompt, side, "every frame of a video is brought to it")
+    wide = side // config.vision_config.patch_size
+    wide = math.ceil(wide / 2) if newline else wide // config.spatial_pool_stride
+    pixels = _noise(prompt, prompt.batch, prompt.frames, 3, side, side)
+    tokens = [wide * wide * prompt.frames + newline] * prompt.batch
+    return _Pixels("video", tokens, {"pixel_values_videos": pixels})
+
+
+def _tile_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
+    """One tile per image, squares of patches becoming tokens."""
+    _no_video(model, prompt)
+    vision = cast(Any, model.config).vision_config
+    side = vision.image_size
+    _one_size(prompt, side, "larger pictures come as several tiles, given as images")
+    count, stride = prompt.batch * prompt.images, cast(Any, family(model)).stride(model)
+    each = (side // vision.patch_size // stride) ** 2
+    return _Pixels("image", [each] * count, {"pixel_values": _noise(prompt, count, 3, side, side)})
 
 
 def _qwen_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
@@ -325,7 +346,14 @@ def _internvl_pixels(model: nn.Module, prompt: Prompt) -> _Pixels:
 
 _PIXELS: Mapping[str, Callable[[nn.Module, Prompt], _Pixels]] = {
     "llava": _llava_pixels,
-    "llava_onevision": _onevision_pixels,
+    "vipllava": _llava_pixels,
+    "video_llava": _video_llava_pixels,
+    "llava_next": _anyres_pixels,
+    "llava_next_video": _anyres_or_video_pixels,
+    "llava_onevision": _anyres_or_video_pixels,
+    "aya_vision": _tile_pixels,
+    "cohere2_vision": _tile_pixels,
+    "ovis2": _tile_pixels,
     "qwen2_5_vl": _qwen_pixels,
     "internvl": _internvl_pixels,
 }
@@ -349,9 +377,9 @@ def _qwen2(
     } | more
 
 
-def _llava_15_7b() -> Any:
-    """llava-hf/llava-1.5-7b-hf: CLIP ViT-L/14 at 336 px, Vicuna 7B."""
-    from transformers import LlavaConfig
+def _llava_7b(kind: str, **more: Any) -> Any:
+    """llava-hf/llava-1.5-7b-hf and its successors: CLIP ViT-L/14 at 336 px, Vicuna 7B."""
+    import transformers
 
     vision = {
         "model_type": "clip_vision_model",
@@ -374,7 +402,8 @@ def _llava_15_7b() -> Any:
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     }
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
+    config = getattr(transformers, f"{kind}Config")
+    return config(vision_config=vision, text_config=text, **{"image_token_index": 32000} | more)
 
 
 def _onevision(text: dict[str, Any]) -> Any:
@@ -432,7 +461,11 @@ def _internvl3(text: dict[str, Any]) -> Any:
 
 
 _SHAPES: Mapping[str, Callable[[], Any]] = {
-    "llava-1.5-7b": _llava_15_7b,
+    "llava-1.5-7b": lambda: _llava_7b("Llava"),
+    "llava-1.6-7b": lambda: _llava_7b("LlavaNext"),
+    "llava-next-video-7b": lambda: _llava_7b(
+        "LlavaNextVideo", image_token_index=32001, video_token_index=32000
+    ),
     "llava-onevision-0.5b": lambda: _onevision(
         _qwen2(896, 4864, 24, 14, 2, 152000, tie_word_embeddings=True)
     ),

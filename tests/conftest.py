@@ -20,6 +20,7 @@ from foveate import loading
 MATRIX = Path(foveate.__file__).parent / "matrix.json"
 FAMILIES = ("llava", "llava-onevision", "internvl", "qwen2.5-vl")
 METHODS = ("prumerge+", "aim-merge", "attention", "downsample")
+CELLS = ("test_contract", "test_mixed")  # where tests are of a method on a family
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +90,7 @@ def cell_of(item: pytest.Item) -> tuple[str, str] | None:
     """(family, method) of a contract test."""
     called = getattr(item, "callspec", None)
     given = called.params if called else {}
-    known = "test_contract" in item.nodeid and "method" in given and "family" in given
+    known = item.path.stem in CELLS and "method" in given and "family" in given
     return (given["family"], given["method"]) if known else None
 
 

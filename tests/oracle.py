@@ -99,7 +99,9 @@ def masked_loss(model: Any, inputs: dict[str, Any], labels: Tensor, run: Run) ->
         model(**inputs)
     embeds, positions = dense["inputs_embeds"], dense["position_ids"]
     if positions is None:
-        positions = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
+        positions = torch.arange(embeds.shape[1])[None]
+    if positions.ndim == 2:
+        positions = positions.expand(len(embeds), -1)
     logits = _head(model, _masked(model, dense, positions, run))
     total = logits.new_zeros(())
     for b, alive in enumerate(run.slots[-1]):

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_masks
+import tiny_rope
 import torch
 from torch import Tensor
 
 from foveate.adapter import Seen, family
+from foveate.watch import Watch
 
 ENCODER = {
     "ovis2": "vision_tower.transformer",
@@ -88,3 +91,46 @@ def test_a_patch_is_seen_where_it_is_felt(models, name: str, shown: list[str]) -
         assert felt_at_all > tiles
     finally:
         hook.remove()
+
+
+def patches_of(model: Any, modality: str, call: dict[str, Any]) -> tuple[list[Seen], Any, Any]:
+    """What the encoder's last attention saw; its output as a leaf; the features made of that."""
+    seen: list[Seen] = []
+    leaf: list[torch.Tensor] = []
+    attention = family(model).vision_attention(model)
+
+    def cut_off(module: Any, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        leaf.append(first.detach().requires_grad_())
+        return (leaf[0], *output[1:]) if isinstance(output, tuple) else leaf[0]
+
+    handle, watch = attention.register_forward_hook(cut_off), Watch([(attention, seen.append)])
+    encode = getattr(family(model).base(model), f"get_{modality}_features")
+    features = encode(**call, return_dict=True).pooler_output
+    watch.remove()
+    handle.remove()
+    return seen, leaf[0], torch.cat([feature.flatten(0, -2) for feature in features])
+
+
+MAPPED = [*tiny_rope.FAMILIES, *tiny_masks.FAMILIES]
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_a_token_is_seen_as_its_patches_were(models, name: str) -> None:
+    """The patches of a token are those that its gradient reaches; their mean is what it saw."""
+    model, made = models(name), tiny.FAMILIES[name]
+    for shown in ("image", *made.more):
+        (picture,) = made.pictures([shown])
+        call = picture.make(3)
+        modality = "video" if any("video" in key for key in call) else "image"
+        seen, leaf, tokens = patches_of(model, modality, call)
+        views = family(model).observe(model, modality, call, seen)
+        assert sum(picture.groups) == len(tokens)
+        assert [len(view.at) for view in views] == list(picture.groups)
+        for part in ("q", "k"):
+            rows = torch.cat([getattr(s, part).transpose(1, 2).flatten(0, 1) for s in seen])
+            found = torch.cat([getattr(view, part)[:, view.at] for view in views], 1)
+            for t, token in enumerate(tokens):
+                (slope,) = torch.autograd.grad(token.sum(), leaf, retain_graph=True)
+                own = slope.flatten(0, -2).abs().sum(-1) > 0
+                assert torch.allclose(found[:, t], rows[own].mean(0), atol=1e-6)

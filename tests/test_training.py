@@ -26,7 +26,7 @@ def answers(inputs: dict[str, Any], asked: int = 4) -> Tensor:
         zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ):
         real = mask.nonzero().flatten()
-        vision = (ids == tiny.IMAGE).nonzero().flatten()
+        vision = torch.isin(ids, torch.tensor([tiny.IMAGE, tiny.VIDEO])).nonzero().flatten()
         learnt = [*real[-asked:].tolist(), *(vision[-1:] + 1).tolist()]
         labels[b, learnt] = ids[learnt]
     return labels

@@ -42,7 +42,8 @@ def attached_to(model: Any) -> list[Any]:
 def test_projector_and_deltas_learn_and_nothing_else(family: str) -> None:
     model, inputs = tiny.FAMILIES[family].build(), batch(family, [2, 0, 1])
     parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    tuned = wrapped(model, *({"multi_modal_projector", "merger", "connector"} & parts))
+    projectors = {"multi_modal_projector", "merger", "connector", "visual_embeddings_table"}
+    tuned = wrapped(model, *(projectors & parts))
     with foveate.reduced(tuned, BOTH):
         found = gradients(tuned, tuned.train()(**inputs, labels=answers(inputs)).loss)
     trained = {name for name, p in tuned.named_parameters() if p.requires_grad}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import tiny
 import torch
 from tiny import IMAGE, VIDEO, Family, Picture, _noise, _ready, modalities, text_config
 from torch import Tensor
@@ -73,6 +75,36 @@ def glm4v() -> Any:
     return _ready(Glm4vForConditionalGeneration(config))
 
 
+def qwen3_vl_moe() -> Any:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    vision = _vision(
+        intermediate_size=32,
+        out_hidden_size=32,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 1, 2],
+    )
+    text = text_config("qwen3_vl_moe_text", head_dim=8, rope_parameters=ROPE, **experts)
+    config = Qwen3VLMoeConfig(vision_config=vision, text_config=text, **IDS)
+    return _ready(Qwen3VLMoeForConditionalGeneration(config))
+
+
+def glm4v_moe() -> Any:
+    from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    rope = ROPE | {"mrope_section": [1, 1, 0]}
+    text = text_config("glm4v_moe_text", head_dim=8, rope_parameters=rope, **experts)
+    config = Glm4vMoeConfig(
+        vision_config=_vision(intermediate_size=32, out_hidden_size=32, image_size=32),
+        text_config=text | {"n_group": 1, "topk_group": 1},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+    return _ready(Glm4vMoeForConditionalGeneration(config))
+
+
 def _patches(modality: str, t: int, h: int, w: int) -> Callable[[int], dict[str, Any]]:
     name = "pixel_values" if modality == "image" else "pixel_values_videos"
 
@@ -105,6 +137,9 @@ MARKED = Picture(
 MIXED = [["small", "image"], [], ["video", "image"], ["video"]]
 
 FAMILIES = {
+    "qwen2.5-vl": replace(
+        tiny.FAMILIES["qwen2.5-vl"], more={"small": SMALL, "video": WHOLE}, mixed=[MIXED]
+    ),
     "qwen2-vl": Family(
         "qwen2-vl",
         qwen2_vl,

@@ -7,14 +7,13 @@ no window, and a shorter one is refused. The encoder has no [CLS].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from foveate.adapter import Adapter, Observed, Seen
+from foveate.adapter import Adapter, Observed, Seen, whole_images
 
 
 class Gemma3(Adapter):
@@ -34,15 +33,5 @@ class Gemma3(Adapter):
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
-        step = cast(Any, self.base(model)).multi_modal_projector.kernel_size
-
-        def tokens(rows: Tensor) -> Tensor:  # (images, H, patches, d)
-            side = math.isqrt(rows.shape[2])
-            grid = rows.unflatten(2, (side // step, step, side // step, step))
-            return grid.mean((3, 5)).flatten(2, 3)
-
-        return [
-            Observed(q, k, torch.arange(q.shape[1], device=q.device), None, s.scale)
-            for s in seen
-            for q, k in zip(tokens(s.q).unbind(0), tokens(s.k).unbind(0), strict=True)
-        ]
+        projector = cast(Any, self.base(model)).multi_modal_projector
+        return whole_images(seen, has_cls=False, stride=projector.kernel_size)

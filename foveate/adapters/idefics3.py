@@ -11,10 +11,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
-from foveate.adapter import Adapter, Observed, Seen, Shrink, Shrunk, resized
+from foveate.adapter import Adapter, Observed, Seen, Shrink, Shrunk, resized, whole_images
 
 
 class Idefics3(Adapter):
@@ -41,17 +40,7 @@ class Idefics3(Adapter):
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
         connector = cast(Any, self.base(model)).connector
-
-        def tokens(rows: Tensor) -> Tensor:  # (tiles, H, patches, d)
-            index = torch.arange(rows.shape[2], device=rows.device).view(1, -1, 1)
-            patches = connector.pixel_shuffle(index, connector.scale_factor)[0]  # (tokens, patches)
-            return rows[:, :, patches].mean(3)
-
-        return [
-            Observed(q, k, torch.arange(q.shape[1], device=q.device), None, s.scale)
-            for s in seen
-            for q, k in zip(tokens(s.q).unbind(0), tokens(s.k).unbind(0), strict=True)
-        ]
+        return whole_images(seen, has_cls=False, stride=connector.scale_factor)
 
     def shrink(
         self,

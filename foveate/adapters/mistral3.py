@@ -90,4 +90,5 @@ def _merged(rows: Tensor, size: Grid, merge: int) -> Tensor:
     """Patches (H, h·w, d) to the means of their tokens (H, N, d), what does not fit cut off."""
     high, wide = (n // merge * merge for n in size)
     grid = rows.unflatten(1, size)[:, :high, :wide]
-    return grid.unflatten(2, (-1, merge)).unflatten(1, (-1, merge)).mean((2, 4)).flatten(1, 2)
+    squares = grid.unfold(1, merge, merge).unfold(2, merge, merge)
+    return cast(Tensor, squares.mean((-2, -1)).flatten(1, 2))

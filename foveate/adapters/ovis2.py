@@ -23,8 +23,11 @@ class Ovis2(Adapter):
     aligned: ClassVar[bool] = False
     fixed: ClassVar[str] = "its encoder's positions are made for one image size"
 
+    def stride(self, model: nn.Module) -> int:
+        """Side of the square of patches that becomes one token."""
+        return cast(int, cast(Any, model.config).vision_config.hidden_stride)
+
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
-        stride = cast(Any, model.config).vision_config.hidden_stride
-        return whole_images(seen, has_cls=False, stride=stride)
+        return whole_images(seen, has_cls=False, stride=self.stride(model))

@@ -12,7 +12,7 @@ Shapes: B samples, L rows of a prompt, A rows of the longest answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -141,6 +141,8 @@ class Runner:
     def start(self, batch: Batch) -> State:
         """The state before layer 0: the model runs, its layers let everything pass."""
         flat = self.recipe([self.keep] * self.shape.layers, None)
+        answers = batch.answer.shape[1]
+        inputs = family(self.model).answered(batch.inputs, answers)
         found: list[tuple[Tensor, dict[str, Any], Pass | None]] = []
         with ExitStack() as stack:
             given: dict[str, Any] = {}
@@ -153,10 +155,9 @@ class Runner:
             for layer in self.layers:
                 vars(layer)["forward"] = partial(self._pass, found)
                 stack.callback(vars(layer).pop, "forward")
-            self.model(**batch.inputs, use_cache=False, logits_to_keep=1)
+            self.model(**inputs, use_cache=False, logits_to_keep=1)
         hidden, _, rows = found[0]
-        rows = self._rows(batch, given, flat) if rows is None else rows
-        answers = batch.answer.shape[1]
+        rows = self._rows(inputs, given, flat) if rows is None else rows
         plain = {f.name: getattr(rows, f.name) for f in fields(Pass)}
         plain["instruction"] = [n - answers for n in rows.instruction]
         begun = _Rows(**plain, answers=answers)
@@ -178,12 +179,12 @@ class Runner:
         """The last hidden states (B, rows, D) with nothing cut inside."""
         return self.run(state, self.recipe([self.keep] * self.shape.layers, None)).hidden
 
-    def _rows(self, batch: Batch, given: dict[str, Any], recipe: Recipe) -> Pass:
-        """All rows; ``given`` are the text model's arguments."""
-        adapter, ids = family(self.model), batch.inputs["input_ids"]
-        mask = batch.inputs["attention_mask"].bool()
+    def _rows(self, inputs: Mapping[str, Any], given: dict[str, Any], recipe: Recipe) -> Pass:
+        """All rows; ``inputs`` are the model's arguments, ``given`` the text model's."""
+        adapter, ids = family(self.model), inputs["input_ids"]
+        mask = inputs["attention_mask"].bool()
         flags = Flags(mask.cpu(), (vision_rows(self.model, ids) & mask).cpu())
-        config, blocks = self.text.config, adapter.blocks(batch.inputs)
+        config, blocks = self.text.config, adapter.blocks(inputs)
         report = Report(self.shape)
         rows = Pass.begin(recipe, report, config, None, flags, [0], None, [None], given, blocks)
         if adapter.deepstack:
