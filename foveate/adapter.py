@@ -123,6 +123,13 @@ class Adapter(ABC):
         place = layer - 1 if layer > 0 else int(index) + 1 + layer
         return model.get_submodule(f"{head}.{place}.{tail}")
 
+    def middle_attention(self, model: nn.Module, last: nn.Module, depth: float) -> nn.Module:
+        """The attention of layer ``depth · layers`` of the encoder whose last one is ``last``."""
+        name = next(name for name, module in model.named_modules() if module is last)
+        found = cast(re.Match[str], re.fullmatch(r"(.*)\.(\d+)\.(.*)", name))
+        layer = round(depth * (int(found[2]) + 1))
+        return model.get_submodule(f"{found[1]}.{layer}.{found[3]}")
+
     def projector(self, model: nn.Module) -> nn.Module:
         """The module whose input are the encoder's features; used where ``aligned``."""
         return cast(nn.Module, self.base(model).multi_modal_projector)

@@ -51,6 +51,7 @@ class _Encoding:
     modality: str
     call: dict[str, Any]
     seen: list[Seen] = field(default_factory=list)
+    middle: list[Seen] = field(default_factory=list)
     made: list[list[_Survivors]] = field(default_factory=list)
 
 
@@ -98,10 +99,30 @@ class Entrance:
         for module in self._adapter.projector(self._model).modules():
             module._forward_pre_hooks.pop(self._before.id, None)
 
-    def show(self, seen: Seen) -> None:
-        """The watch's callback for the encoder's last attention."""
+    def watched(self, eyes: Sequence[nn.Module]) -> list[tuple[nn.Module, Callable[[Seen], None]]]:
+        """What the method looks at, with the watch's callbacks; ``eyes``: the last attentions."""
+        if (depth := self._method.depth) is None:
+            return [(last, self._show) for last in eyes]
+        found: list[tuple[nn.Module, Callable[[Seen], None]]] = []
+        for last in eyes:
+            middle = self._adapter.middle_attention(self._model, last, depth)
+            if middle is last:  # so few layers that one is both
+                found.append((last, self._show_both))
+            else:
+                found += [(last, self._show), (middle, self._show_middle)]
+        return found
+
+    def _show(self, seen: Seen) -> None:
         if (state := self._state.get()) is not None:
             state.seen.append(seen)
+
+    def _show_middle(self, seen: Seen) -> None:
+        if (state := self._state.get()) is not None:
+            state.middle.append(seen)
+
+    def _show_both(self, seen: Seen) -> None:
+        self._show(seen)
+        self._show_middle(seen)
 
     def kept(self, features: Any) -> list[tuple[int, int]] | None:
         """(slots, survivors) of each item of a feature result, or None where only counting tells.
@@ -129,6 +150,12 @@ class Entrance:
     def _encode(self, modality: str, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         if self._state.get() is not None:  # video features that are made by the call for images
             return original(**call)
+        if self._method.video and modality != "video":
+            raise NotImplementedError(
+                f"{self._method.name} cannot work on an {modality} of {self._adapter.family}: it "
+                "compares the frames of a video. Give a video, or use a method for images, such as "
+                "'pool'."
+            )
         self._report.begin()
         state = _Encoding(modality, call)
         token = self._state.set(state)
@@ -168,25 +195,43 @@ class Entrance:
     def _split(self, state: _Encoding, items: list[Tensor]) -> list[list[_Survivors]]:
         """Items split into groups, reduced."""
         sizes = self._adapter.groups(state.modality, state.call, [len(item) for item in items])
+        if self._method.video:
+            return [self._film(item, part) for item, part in zip(items, sizes, strict=True)]
         split = [x for item, part in zip(items, sizes, strict=True) for x in item.split(part)]
         made = iter(self._groups(state, split))
         return [[next(made) for _ in part] for part in sizes]
+
+    def _film(self, item: Tensor, sizes: list[int]) -> list[_Survivors]:
+        """The frames of a video as one group; what follows them (a newline) stays as it is."""
+        frames = sizes.count(sizes[0])
+        film, rest = item.split([frames * sizes[0], len(item) - frames * sizes[0]])
+        valid = torch.ones(1, len(film), dtype=torch.bool, device=film.device)
+        made = self._reduce(Tokens(x=film[None], valid=valid, frames=frames), len(film))
+        return [*made, _Survivors(len(rest), torch.arange(len(rest), device=rest.device), rest)]
 
     def _groups(self, state: _Encoding, xs: list[Tensor]) -> list[_Survivors]:
         """Reduce groups ``(N, D)``: one call of the method for each distinct shape."""
         sizes = [len(x) for x in xs]
         grids = self._adapter.grids(state.modality, state.call, sizes)
-        observed: Sequence[Observed | None] = [None] * len(xs)
+        nothing: Sequence[Observed | None] = [None] * len(xs)
+        observed = middle = nothing
         if self._method.needs_attention:
-            observed = self._adapter.observe(self._model, state.modality, state.call, state.seen)
+            observed = self._observed(state, state.seen)
+        if self._method.depth is not None:
+            middle = self._observed(state, state.middle)
         shapes: dict[Any, list[int]] = {}
         for g, (size, grid, view) in enumerate(zip(sizes, grids, observed, strict=True)):
             shapes.setdefault((size, grid, view and (view.q.shape, view.cls)), []).append(g)
         made: dict[int, _Survivors] = {}
         for (size, grid, _), members in shapes.items():
             tokens = _stacked([xs[g] for g in members], [observed[g] for g in members], grid)
+            if self._method.depth is not None:
+                tokens = replace(tokens, middle=_queries_and_keys([middle[g] for g in members]))
             made.update(zip(members, self._reduce(tokens, size), strict=True))
         return [made[g] for g in range(len(xs))]
+
+    def _observed(self, state: _Encoding, seen: Sequence[Seen]) -> list[Observed]:
+        return self._adapter.observe(self._model, state.modality, state.call, seen)
 
     def _reduce(self, tokens: Tokens, size: int) -> list[_Survivors]:
         """Groups of one size, B of them."""
@@ -278,18 +323,23 @@ def _stacked(
     views = [view for view in observed if view is not None]
     if not views:
         return Tokens(x=x, valid=valid, grid=grid)
-    q = torch.stack([view.q for view in views])
+    q, k = _queries_and_keys(views)
     return Tokens(
         x=x,
         valid=valid,
         q=q,
-        k=torch.stack([view.k for view in views]),
+        k=k,
         at=torch.stack([view.at for view in views]),
         rows=torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=x.device),
         scale=views[0].scale,
         cls=views[0].cls,
         grid=grid,
     )
+
+
+def _queries_and_keys(observed: Sequence[Observed | None]) -> tuple[Tensor, Tensor]:
+    views = [view for view in observed if view is not None]
+    return torch.stack([view.q for view in views]), torch.stack([view.k for view in views])
 
 
 def _groups_of(made: Reduction, size: int) -> list[Tensor]:

@@ -181,6 +181,8 @@ class Pass:
             when the model is causal throughout.
         deepstack: ``(B, prompt rows, D)`` each, what is added to the rows after layer 0, 1, ….
         order: ``(B, rows)``, each row's number among those that entered layer 0; None until a cut.
+        embeds: ``(B, rows at layer 0, D)``, the rows as they entered, for methods that read text.
+        entered: ``(B, rows at layer 0)`` bool, the vision rows among them.
     """
 
     recipe: Recipe
@@ -201,6 +203,8 @@ class Pass:
     old: Request | None
     old_masks: list[Tensor | None]
     flush: bool
+    embeds: Tensor
+    entered: Tensor
     hidden: int = 0
     gone: list[int] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
@@ -258,6 +262,8 @@ class Pass:
             old_masks=old_masks,
             blocks=None if blocks is None else blocks[:, -length:].to(device),
             flush=bool((flags.valid.int().diff(dim=-1) >= 0).all()),
+            embeds=embeds,
+            entered=vision,
         )
 
     def enter(
@@ -288,6 +294,7 @@ class Pass:
                 positions = self._numbered_from(shifted(positions, self.old, kwargs), real)
             elif positions is not None:
                 positions = self._gathered(positions, order)
+            self.embeds, self.entered = embeds, self.vision
         mask: Any = self.keys(0)
         if later or self.blocks is not None:
             mask = self.mask(mask, 0, embeds)
@@ -411,6 +418,8 @@ class Pass:
             causal=True,
             instruction=tuple(self.instruction),
             hidden=hidden,
+            embeds=self.embeds,
+            entered=self.entered,
         )
 
     def cut(self, hidden: Tensor, layer: int) -> Tensor:
@@ -433,12 +442,13 @@ class Pass:
     def _leave(self, hidden: Tensor, made: Reduction, wanted: list[int]) -> Tensor:
         at = (~self.vision).to(torch.uint8).argsort(dim=-1, stable=True)
         kept = at.gather(1, made.keep)
-        if made.x is not None:
-            spot = kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-            hidden = hidden.scatter(1, spot, made.x.to(hidden.dtype))
         if min(wanted) < max(wanted):  # ragged: padding of `keep` points past the end
             over = torch.arange(kept.shape[1]) >= torch.tensor(wanted)[:, None]
             kept = kept.masked_fill(over.to(self.device, non_blocking=True), self.rows)
+        if made.x is not None:
+            spot = kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            wide = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
+            hidden = wide.scatter(1, spot, made.x.to(hidden.dtype))[:, : self.rows]
         stay = nn_pad(self.text).scatter(1, kept, True)[:, : self.rows]
         order = self.drop(stay, wanted)
         self.order = order if self.order is None else self.order.gather(1, order)
@@ -522,6 +532,8 @@ def _members(tokens: Tokens, members: Sequence[int], size: int) -> Tokens:
         causal=tokens.causal,
         instruction=tokens.instruction and tuple(tokens.instruction[m] for m in members),
         hidden=some(tokens.hidden),
+        embeds=some(tokens.embeds),
+        entered=some(tokens.entered),
     )
 
 

@@ -43,6 +43,11 @@ class Recipe:
                 f"{self.layers.name} acts before the LLM (site {self.layers.site!r}) and cannot "
                 f"act between layers; give it as entrance=foveate.reducer({self.layers.name!r})."
             )
+        if self.layers is not None and self.layers.video:
+            raise ValueError(
+                f"{self.layers.name} compares the frames of a video, which it sees at the entrance "
+                f"only; give it as entrance=foveate.reducer({self.layers.name!r})."
+            )
         if self.schedule.adaptive and (self.entrance is None or not self.entrance.adaptive):
             raise ValueError(
                 "An adaptive schedule needs an entrance reducer that chooses its count."
@@ -145,8 +150,9 @@ def recipe(
             one that acts inside it prunes once, before layer 2 (``before=`` says another). One that
             can do both is used inside where ``before=`` is given.
         keep: fraction of vision tokens kept, in (0, 1]; 1.0 leaves the model untouched. For ``aim``
-            it is what the merge keeps (the ramp then prunes on), for a published curve the
-            layer-averaged fraction. None means the method's own default.
+            it is what the merge keeps (the ramp then prunes on), for ``pyramiddrop`` what the last
+            stage leaves, for ``sparsevlm`` and a published curve the layer-averaged fraction. None
+            means the method's own default.
         pruning_rate: the same said the other way round, ``1 - keep``.
         knobs: the method's own, for example ``neighbours=16``.
 
@@ -249,6 +255,33 @@ def _aim(keep: float | None, knobs: dict[str, Any]) -> Recipe:
     return Recipe(schedule, entrance=reducer(merges[at]), layers=reducer("pagerank"))
 
 
+def _pyramiddrop(keep: float | None, knobs: dict[str, Any]) -> Recipe:
+    """PyramidDrop: 1/2, 1/4, 1/8 from a quarter, half, three quarters on. arXiv 2410.17247.
+
+    ``keep`` is what the last stage leaves, 0.125 as released; the stages fall by equal factors.
+    """
+    schedule = Schedule.pyramid() if keep is None else Schedule.pyramid(keep)
+    return Recipe(schedule, layers=reducer("pyramiddrop", **knobs))
+
+
+def _sparsevlm(keep: float | None, knobs: dict[str, Any]) -> Recipe:
+    """SparseVLM: three stages, before layers 2, 6 and 15, as released. arXiv 2410.04417.
+
+    ``keep`` is about the layer-averaged fraction in a model of 32 layers: 192, 128, 96 and 64 of
+    576 have the released numbers of tokens kept, others lie between them; 192 of 576 is the
+    default. Layers are counted as released whatever the depth.
+    """
+    keep = 1 / 3 if keep is None else keep
+    Schedule.flat(keep)  # refuses what is no fraction
+    wanted = 576 * keep
+    above = next(i for i, (total, _) in enumerate(_SPARSEVLM) if i and wanted <= total + 0.5)
+    (low, few), (high, many) = _SPARSEVLM[above - 1 : above + 1]
+    part = 1.0 if high - wanted <= 0.5 else (wanted - low) / (high - low)
+    left = ((f + part * (m - f)) / 576 for f, m in zip(few, many, strict=True))
+    stages = dict(zip((2, 6, 15), left, strict=True))
+    return Recipe(Schedule.stages(stages), layers=reducer("sparsevlm", **knobs))
+
+
 def _gsearch(keep: float | None, knobs: dict[str, Any]) -> Recipe:
     """G-Search's curve for LLaVA-1.5-7B, digitised from the paper's figure 1c. arXiv 2412.00556.
 
@@ -266,8 +299,19 @@ def _gsearch(keep: float | None, knobs: dict[str, Any]) -> Recipe:
     return replace(made, provenance={"source": "digitised from figure 1c of arXiv 2412.00556"})
 
 
+# Tokens in all of 576, and those that stages 1 to 3 keep of them; the ends are ours.
+_SPARSEVLM = (
+    (0, (0, 0, 0)),
+    (64, (66, 30, 17)),
+    (96, (238, 48, 26)),
+    (128, (303, 110, 36)),
+    (192, (300, 200, 110)),
+    (576, (576, 576, 576)),
+)
 _DEFAULTS: Mapping[str, float] = {"fastv": 0.5}  # the paper's own setting
 PRESETS: Mapping[str, Callable[[float | None, dict[str, Any]], Recipe]] = {
     "aim": _aim,
     "gsearch-llava-1.5-7b": _gsearch,
+    "pyramiddrop": _pyramiddrop,
+    "sparsevlm": _sparsevlm,
 }

@@ -53,7 +53,15 @@ class Tokens:
         cls: the row of L that holds the vision encoder's [CLS], or None where there is none.
         instruction: per sample, how many text rows follow the last vision token; they are the last
             rows of L. None at the entrance, where there is no text.
-        grid: (height, width) when the tokens are a full raster of that size, else None.
+        grid: (height, width) when the tokens are a full raster of that size, else None; of one
+            frame where there are several.
+        frames: how many frames of a video the tokens are, one after the other, N / frames of each;
+            None where a group is not a video.
+        middle: q and k, laid out as ``q`` and ``k``, of an attention in the middle of the vision
+            encoder; None for methods without a ``depth``.
+        embeds: ``(B, R, D)``, the rows with which the prompt entered the LLM, flush right, its text
+            too; None at the entrance.
+        entered: ``(B, R)`` bool, which of these were vision tokens.
         hidden: the vectors of all rows, ``(B, L, D)``, of which x are those at ``at``; None at the
             entrance, where q and k are the encoder's.
     """
@@ -70,6 +78,10 @@ class Tokens:
     instruction: tuple[int, ...] | None = None
     grid: tuple[int, int] | None = None
     hidden: Tensor | None = None
+    frames: int | None = None
+    middle: tuple[Tensor, Tensor] | None = None
+    embeds: Tensor | None = None
+    entered: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,10 @@ class Reducer(ABC):
         adaptive: whether it can choose its own count, when the budget is None.
         ragged: whether one call takes groups of different sizes and budgets; where it is False the
             caller makes one call for each distinct (N, budget).
+        video: whether a group is a whole video, because the method compares frames. It refuses
+            images.
+        depth: the share of the vision encoder's layers after which it looks at a second attention,
+            ``Tokens.middle``.
     """
 
     name: ClassVar[str]
@@ -114,6 +130,8 @@ class Reducer(ABC):
     encoder: ClassVar[str] = "last"
     adaptive: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
+    video: ClassVar[bool] = False
+    depth: ClassVar[float | None] = None
 
     def __init_subclass__(cls, *, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

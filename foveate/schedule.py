@@ -24,7 +24,8 @@ class Schedule:
 
     Attributes:
         alive: one fraction in [0, 1] per layer, or empty for a shape.
-        shape: ``step``, ``ramp``, ``stages``, ``sigmoid`` or ``stretched``, or empty for a curve.
+        shape: ``step``, ``ramp``, ``stages``, ``pyramid``, ``sigmoid`` or ``stretched``, or empty
+            for a curve.
         numbers: the shape's parameters.
         adaptive: the entrance reducer chooses its own count; later boundaries can only lower it.
     """
@@ -82,9 +83,17 @@ class Schedule:
 
     @classmethod
     def stages(cls, stages: Mapping[int, float] | Sequence[tuple[int, float]]) -> Schedule:
-        """Steps at several boundaries: PyramidDrop is ``{8: .5, 16: .25, 24: .125}``."""
+        """Steps at several boundaries, for example ``{8: .5, 16: .25, 24: .125}``."""
         pairs = sorted(dict(stages).items())
         return cls._shaped("stages", {"stages": tuple((int(b), float(a)) for b, a in pairs)}, False)
+
+    @classmethod
+    def pyramid(cls, keep: float = 0.125) -> Schedule:
+        """PyramidDrop: equal factors at 1/4, 1/2 and 3/4 of the depth, down to ``keep``.
+
+        0.125 is the released setting: 1/2, 1/4 and 1/8 from layers 8, 16 and 24 of 32 on.
+        """
+        return cls._shaped("pyramid", {"keep": _fraction(keep)}, False)
 
     @classmethod
     def sigmoid(
@@ -217,6 +226,10 @@ def _stages(layers: int, *, stages: Sequence[tuple[int, float]]) -> list[float]:
     return curve
 
 
+def _pyramid(layers: int, *, keep: float) -> list[float]:
+    return [keep ** (b * 4 // layers / 3) for b in range(layers)]
+
+
 def _sigmoid(
     layers: int, *, slope: float, middle: float, top: float, full: int, entrance: float
 ) -> list[float]:
@@ -262,6 +275,7 @@ _SHAPES: Mapping[str, Callable[..., list[float]]] = {
     "step": _step,
     "ramp": _ramp,
     "stages": _stages,
+    "pyramid": _pyramid,
     "sigmoid": _sigmoid,
     "stretched": _stretched,
 }

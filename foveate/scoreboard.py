@@ -9,6 +9,7 @@ from typing import Any
 
 from foveate.bench import DENSE
 from foveate.markers import Block
+from foveate.tasks import FINE
 
 BLOCK = Block("eval", "written by `foveate eval … --write README.md`")
 Row = Mapping[str, Any]
@@ -88,6 +89,24 @@ def differs(row: Row) -> bool:
         return bool(row["mcnemar_p"] < _LEVEL)
     outside = row["difference_low"] > 0 or row["difference_high"] < 0
     return bool(outside and row["n"] >= _ENOUGH)
+
+
+def collapses(rows: Sequence[Row]) -> list[str]:
+    """A warning for each recipe that loses fine detail, in words of one sentence each.
+
+    On a task that asks for it, the recipe's interval lies wholly below the untouched model's.
+    """
+    dense = {row["task"]: row for row in rows if row["recipe"] == DENSE and not row["blank"]}
+    return [
+        f"Warning: {named(row)} loses fine detail: {row['task']} falls from "
+        f"{100 * dense[row['task']]['score']:.1f} % to {100 * row['score']:.1f} %, with intervals "
+        "that do not meet. Keep more where small print or counts matter, or merge only what is the "
+        "same: near-duplicates."
+        for row in rows
+        if row["task"] in FINE
+        and row["recipe"] != DENSE
+        and row["ci_high"] < dense[row["task"]]["ci_low"]
+    ]
 
 
 def markdown(result: Row) -> str:

@@ -170,7 +170,7 @@ class Session:
             )
             self._undo.append(self._entrance.remove)
             if cast(Any, self.recipe.entrance).needs_attention:
-                watched += [(module, self._entrance.show) for module in self._eyes()]
+                watched += self._entrance.watched(self._eyes())
         layers = list(cast(nn.ModuleList, text.layers))
         if schedule.cuts() and cast(Any, self.recipe.layers).needs_attention:
             watched += [

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Run:
     """One reduced generation: logits (B, steps, V), tokens (B, steps) and what the report said.
 
     ``entered`` are the rows that the text model got, ``deepstack`` what it was to add to vision
-    rows later on.
+    rows later on. ``blended``: the rows (B, rows, D) that a method made new before a layer,
+    NaN elsewhere.
     """
 
     logits: Tensor
@@ -32,6 +34,7 @@ class Run:
     entered: Tensor
     cache: Any
     deepstack: Any = None
+    blended: dict[int, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -48,11 +51,43 @@ def spying(module: Any, store: dict[str, Any], *, first: bool = False):
 
 
 @contextmanager
+def blending(model: Any):
+    """Inside a session: the rows of the first prompt that are new before a layer, by layer."""
+    before: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}
+    hooks = []
+    for index, layer in enumerate(family(model).text(model).layers):
+        hooks += [
+            layer.register_forward_pre_hook(partial(_came, before, index), prepend=True),
+            layer.register_forward_pre_hook(partial(_left, before, made, index)),
+        ]
+    yield made
+    for hook in hooks:
+        hook.remove()
+
+
+def _came(before: dict[int, Tensor], index: int, _: Any, args: Any) -> None:
+    if index not in before:
+        before[index] = args[0]
+
+
+def _left(
+    before: dict[int, Tensor], made: dict[int, Tensor], index: int, _: Any, args: Any
+) -> None:
+    """Compare with every row that came; later calls (decoding) find nothing to compare with."""
+    came, before[index] = before[index], args[0][:, :0]
+    same = (args[0][:, :, None] == came[:, None]).all(-1).any(-1)
+    if came.shape[1] and not bool(same.all()):
+        made[index] = args[0].masked_fill(same[..., None], torch.nan)
+
+
+@contextmanager
 def entering(model: Any, store: dict[str, Any]):
     """Inside a session: keep the rows that the text model gets, and its deepstack features."""
     text, early, late = family(model).text(model), {}, {}
-    with spying(text, early, first=True), spying(text, late):
+    with spying(text, early, first=True), spying(text, late), blending(model) as blended:
         yield
+    store["blended"] = blended
     store["entered"] = late["inputs_embeds"]
     store["deepstack"] = early.get("deepstack_visual_embeds")
 
@@ -140,7 +175,11 @@ def _masked(model: Any, dense: dict[str, Any], positions: Tensor, run: Run) -> T
         more["deepstack_visual_embeds"] = run.deepstack
 
     def use(index: int):
-        return lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks[index]})
+        def hook(_: Any, args: Any, kwargs: Any) -> Any:
+            rows = _blended(args[0], run.blended.get(index), run.slots[index])
+            return (rows, *args[1:]), {**kwargs, "attention_mask": masks[index]}
+
+        return hook
 
     hooks = [
         layer.register_forward_pre_hook(use(i), with_kwargs=True)
@@ -158,6 +197,16 @@ def _masked(model: Any, dense: dict[str, Any], positions: Tensor, run: Run) -> T
         for hook in hooks:
             hook.remove()
     return out.last_hidden_state
+
+
+def _blended(hidden: Tensor, made: Tensor | None, slots: list[Tensor]) -> Tensor:
+    """``hidden`` with the rows that a method made new put where it put them."""
+    hidden = hidden.clone()
+    for b, own in enumerate(slots if made is not None else ()):
+        rows = made[b, made.shape[1] - len(own) :]  # type: ignore[index]
+        new = ~rows[:, 0].isnan()
+        hidden[b, own[new]] = rows[new]
+    return hidden
 
 
 def _positions(positions: Tensor, run: Run, policy: str, new: int) -> Tensor:

@@ -129,6 +129,13 @@ def test_photos_drawings_and_files_in_one_run(mine: list[str]) -> None:
 # Going on
 
 
+def test_lost_detail_is_a_note(mine: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(scoreboard, "collapses", lambda rows: [f"Warning: {len(rows)} rows"])
+    said = works(*mine, "--recipe", "random", "--no-baselines", "--json", "e.json")
+    assert "Warning: 2 rows" in said
+    assert wrote("e.json")["notes"] == ["Warning: 2 rows"]
+
+
 def test_the_same_command_again_runs_nothing(mine: list[str], loaded, monkeypatch) -> None:
     """Not even the model, and yet it makes the same table: in the file and in a README."""
     Path("README.md").write_text(f"before\n{scoreboard.BLOCK.around('stale')}\nafter\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import oracle
@@ -47,6 +48,12 @@ REFUSED = {("downsample", family): why for family, why in FIXED.items()} | {
     for method, kind in discover().items()
     if kind.needs_attention and kind.site != "layers"
 }
+REFUSED |= {
+    (method, family): "it compares the frames of a video"
+    for method, kind in discover().items()
+    for family in FAMILIES
+    if kind.video and not family.endswith("(video)")
+}
 # Families where methods can read what the encoder attended to.
 OBSERVED = [family for family in FAMILIES if family not in BLIND]
 TOLERANCE = 2e-6
@@ -74,10 +81,18 @@ def vision(family: str, shown: tiny.Shown) -> int:
     return sum(size for picture in tiny.FAMILIES[family].pictures(shown) for size in picture.groups)
 
 
+def film(frames: Sequence[int]) -> list[int]:
+    """The frames of a video as one group, and what follows them."""
+    count = list(frames).count(frames[0])
+    return [count * frames[0], *frames[count:]]
+
+
 def tokens(family: str, method: str, n: int) -> int:
     """Vision tokens that ``n`` images keep: floor per group at the entrance, per sample inside."""
-    groups = [size for p in tiny.FAMILIES[family].pictures(n) for size in p.groups]
-    groups = [sum(groups)] if discover()[method].site == "layers" else groups
+    kind = discover()[method]
+    parts = [film(p.groups) if kind.video else p.groups for p in tiny.FAMILIES[family].pictures(n)]
+    groups = [size for part in parts for size in part]
+    groups = [sum(groups)] if kind.site == "layers" else groups
     return sum(max(int(size * KEEP + 1e-6), 1) for size in groups if size)
 
 

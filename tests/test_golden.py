@@ -29,6 +29,7 @@ from foveate.ops.prumerge import Image, Rule, leftover, neighbourhood
 from foveate.reducer import Reduction, Scorer, Tokens, discover, reducer, top
 from foveate.reducers.cdpruner import stretched
 from foveate.reducers.dart import Dart
+from foveate.reducers.sparsevlm import relevance
 from foveate.schedule import Schedule
 
 np = pytest.importorskip("numpy")
@@ -45,6 +46,8 @@ DEPARTURES = {
     "others; ours keeps distinct ones: checked are the rows that neither touches",
     "dead rows vote": "released rows of pruned tokens vote on, being only masked; ours are gone: "
     "checked through pagerank(), whose voters are all rows unless told",
+    "next layer": "released PyramidDrop ranks by queries and keys of the next layer, ours by those "
+    "of the layer just crossed: the check gives it the next layer's as those",
     "at least one": "Schedule.count keeps one token while alive > 0; released int() can give none",
     "[CLS]": "VisionZip hands [CLS] to the LLM as one dominant token; ours counts patches only",
     "same token": "DivPrune picks a token again where vectors are equal; ours never does: checked "
@@ -572,6 +575,85 @@ def check_dart(case: Case) -> None:
     assert len(kept) == len(wanted) and kept >= set(pivots)
 
 
+# --- PyramidDrop ----------------------------------------------------------------------------------
+
+
+def check_pyramiddrop(case: Case) -> None:
+    """The case's batch is one sample, without padding."""
+    x, begin, size = case["in.features"], int(case["param.pos"]), int(case["param.n"])
+    assert x.shape[1] == size + int(case["param.prompt_len"])  # the last row asks
+    q, k = (  # DEPARTURES["next layer"]
+        rotated((x @ case[f"in.{name}"].T).unflatten(-1, (int(case["param.heads"]), -1)))
+        for name in ("wq", "wk")
+    )
+    tokens = Tokens(
+        x=x[:, begin : begin + size],
+        valid=torch.ones(1, size, dtype=torch.bool),
+        q=q,
+        k=k,
+        at=torch.arange(begin, begin + size)[None],
+        scale=q.shape[-1] ** -0.5,
+        causal=True,
+    )
+    method = reducer("pyramiddrop")
+    assert isinstance(method, Scorer)
+    close(method.score(tokens)[0], case["mid.score_last"])
+    wanted = case["out.top_rank_index_last"] - begin
+    assert len(wanted) == Schedule.pyramid().resolve(32).count(8, size)
+    kept = method.reduce(tokens, [len(wanted)]).keep
+    assert torch.equal(kept[0], wanted)
+    text = torch.ones(x.shape[1], dtype=torch.bool)
+    text[begin : begin + size] = False
+    left = text.index_fill(0, begin + kept[0], True)
+    assert torch.equal(x[:, left], case["out.embeds"])
+
+
+def rotated(states: Tensor) -> Tensor:
+    """(B, L, H, d) to (B, H, L, d), turned by their places 0..L-1: base 10000, by halves."""
+    states, width = states.transpose(1, 2), states.shape[-1]
+    turn = 10000.0 ** (-torch.arange(0, width, 2).float() / width)
+    angle = torch.arange(states.shape[2])[:, None] * turn
+    cos, sin = (torch.cat((f(angle), f(angle)), dim=-1) for f in (torch.cos, torch.sin))
+    left, right = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+# --- SparseVLM ------------------------------------------------------------------------------------
+
+
+def check_sparsevlm(case: Case) -> None:
+    embeds, rows = case["in.embeds"], case["in.rater_rows"].double()
+    begin, size = int(case["param.v_start"]), int(case["param.n"])
+    length = embeds.shape[1]
+    tail = length - begin - size
+    entered = torch.zeros(1, length, dtype=torch.bool)
+    entered[:, begin : begin + size] = True
+    share = relevance(embeds, entered, torch.ones(1, tail, dtype=torch.bool))
+    close(share, case["mid.text_score"])
+    raters = case["out.rater_idx"].flatten()
+    assert (share[0] > share[0].mean()).nonzero()[:, 0].tolist() == raters.tolist()
+    # Queries pick a rater's row out of the keys, which hold the logarithms of all rows.
+    given = torch.stack([whole(rows[:, :, r], begin, size) for r in range(rows.shape[2])], 2)
+    count, heads = len(raters), rows.shape[1]
+    q = torch.zeros(1, heads, length, count, dtype=torch.float64)
+    for r, place in enumerate(raters.tolist()):
+        q[:, :, begin + size + place, r] = 1
+    tokens = Tokens(
+        x=torch.zeros(1, size, 1),
+        valid=torch.ones(1, size, dtype=torch.bool),
+        q=q,
+        k=given.log().mT,
+        at=torch.arange(begin, begin + size)[None],
+        instruction=(tail,),
+        embeds=embeds,
+        entered=entered,
+    )
+    method = reducer("sparsevlm", recycle=0)
+    close(method.score(tokens).float(), case["out.visual_score"])  # type: ignore[attr-defined]
+    wanted = case["out.mask"][0].nonzero()[:, 0]
+    assert torch.equal(method.reduce(tokens, [len(wanted)]).keep[0], wanted)
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "aim_importance": check_importance,
     "aim_merge": check_merge,
@@ -585,6 +667,8 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "prumerge_plus": check_plus,
     "prumerge_siglip_video": check_video,
     "visionzip": check_visionzip,
+    "pyramiddrop": check_pyramiddrop,
+    "sparsevlm": check_sparsevlm,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -41,6 +41,10 @@ def encoder(
         scale=0.5,
         cls=0 if cls else None,
         grid=grid,
+        middle=(
+            2 * random(groups, 2, rows, 4, seed=seed + 3, dtype=dtype),
+            2 * random(groups, 2, rows, 4, seed=seed + 4, dtype=dtype),
+        ),
     )
 
 
@@ -54,6 +58,7 @@ def layer(sizes: list[int], dtype: torch.dtype = torch.float32, first: int = 0) 
     x, valid = torch.zeros(len(sizes), width, 6), torch.zeros(len(sizes), width, dtype=torch.bool)
     at, rows = torch.zeros(len(sizes), width, dtype=torch.long), torch.zeros(len(sizes), length)
     hidden = torch.zeros(len(sizes), length, 6)
+    embeds, entered = torch.zeros(len(sizes), length, 6), torch.zeros(len(sizes), length)
     for b, size in enumerate(sizes):
         own, seed = size + 5, 10 * (first + b)
         q[b, :, -own:] = random(4, own, 8, seed=seed)
@@ -63,6 +68,7 @@ def layer(sizes: list[int], dtype: torch.dtype = torch.float32, first: int = 0) 
         hidden[b, -own:] = random(own, 6, seed=seed + 3)
         hidden[b, at[b, :size]] = x[b, :size]
         rows[b, -own:] = 1
+        embeds[b, -own:], entered[b, -own + 2 : -3] = random(own, 6, seed=seed + 3), 1
     return Tokens(
         x=x.to(dtype),
         valid=valid,
@@ -74,14 +80,17 @@ def layer(sizes: list[int], dtype: torch.dtype = torch.float32, first: int = 0) 
         causal=True,
         instruction=(3,) * len(sizes),
         hidden=hidden.to(dtype),
+        embeds=embeds.to(dtype),
+        entered=entered.bool(),
     )
 
 
 def seen(method: str, groups: int, grid: tuple[int, int], dtype: torch.dtype) -> Tokens:
-    """Tokens as the method's own site has them."""
+    """Tokens as the method's own site has them; a video has as many frames as the grid has rows."""
     if discover()[method].site == "layers":
         return layer([grid[0] * grid[1]] * groups, dtype)
-    return encoder(groups, grid, dtype)
+    tokens = encoder(groups, grid, dtype)
+    return replace(tokens, frames=grid[0]) if discover()[method].video else tokens
 
 
 def check(done: Reduction, tokens: Tokens, budget: list[int]) -> None:
@@ -125,6 +134,15 @@ def test_one_token(method: str) -> None:
         check(reducer(method).reduce(tokens, None), tokens, [1] * 3)
 
 
+def alone_of(tokens: Tokens, b: int) -> Tokens:
+    """Group ``b`` of a batch."""
+    found = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
+    cut = {n: v[b : b + 1] for n, v in found.items() if isinstance(v, Tensor)}
+    middle = tokens.middle and tuple(t[b : b + 1] for t in tokens.middle)
+    instruction = tokens.instruction and tokens.instruction[b : b + 1]
+    return replace(tokens, **cut, middle=middle, instruction=instruction)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_equals_single(method: str) -> None:
     tokens = seen(method, 3, (5, 7), torch.float32)
@@ -133,14 +151,7 @@ def test_batch_equals_single(method: str) -> None:
         wanted = None if budget is None else [budget] * 3
         done = reducer(method).reduce(tokens, wanted)
         for b in range(3):
-            one = replace(
-                tokens,
-                **{
-                    n: getattr(tokens, n)[b : b + 1] for n in ("x", "valid", "q", "k", "at", "rows")
-                },
-                instruction=tokens.instruction and tokens.instruction[b : b + 1],
-                hidden=None if tokens.hidden is None else tokens.hidden[b : b + 1],
-            )
+            one = alone_of(tokens, b)
             alone = reducer(method).reduce(one, None if wanted is None else wanted[b : b + 1])
             n = int(done.count[b])
             assert int(alone.count[0]) == n and torch.equal(done.keep[b, :n], alone.keep[0, :n])
@@ -193,6 +204,16 @@ def test_attention_that_was_not_observed(method: str) -> None:
         ("pagerank", "iterations", 0, "at least 1"),
         ("attention", "query", "first", "Accepted: instruction, last"),
         ("random", "seed", 1.5, "takes a int"),
+        ("sparsevlm", "recycle", 1.5, "at most 1"),
+        ("sparsevlm", "neighbours", 0, "at least 1"),
+        ("holov", "crops", 0, "at least 1"),
+        ("holov", "attention", -1.0, "at least 0"),
+        ("holov", "diversity", -1.0, "at least 0"),
+        ("holov", "temperature", 0.0, "above 0"),
+        ("hiprune", "share", 1.1, "at most 1"),
+        ("tome", "metric", "key", "Did you mean 'keys'"),
+        ("dycoke", "window", 1, "at least 2"),
+        ("near-duplicates", "threshold", 0.0, "above 0"),
     ],
 )
 def test_knobs_are_checked(method: str, knob: str, value: object, said: str) -> None:

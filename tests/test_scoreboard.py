@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foveate.markers import Block
-from foveate.scoreboard import BLOCK, differs, lines, markdown
+from foveate.scoreboard import BLOCK, collapses, differs, lines, markdown
 
 
 def row(task: str, recipe: str, n: int, **more: Any) -> dict[str, Any]:
@@ -35,6 +35,27 @@ def result() -> dict[str, Any]:
     about |= {"versions": {"foveate": "not installed", "torch": "2.13"}}
     about |= {"split": "train", "seed": 7, "date": "2026-01-02"}
     return about | {"command": "foveate eval --task easy,captions", "rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "high", "warned"),
+    [
+        ("scenes-words", "aim", 0.40, True),
+        ("scenes-count", "aim", 0.40, True),
+        ("scenes-words", "aim", 0.401, False),  # the intervals meet
+        ("scenes-where", "aim", 0.1, False),  # asks for nothing small
+        ("scenes-words", "dense", 0.1, False),  # blank images are meant to lose
+    ],
+)
+def test_lost_detail_is_said(task: str, recipe: str, high: float, warned: bool) -> None:
+    blank = recipe == "dense"
+    worse = {"score": 0.05, "ci_low": 0.01, "ci_high": high, "blank": blank}
+    rows = [row(task, "dense", 100), row(task, recipe, 100, **worse)]
+    said = collapses([*rows, row("easy", "dense", 100)])
+    assert len(said) == warned
+    if warned:
+        assert f"aim loses fine detail: {task} falls from 50.0 % to 5.0 %" in said[0]
+        assert "near-duplicates" in said[0]
 
 
 def test_costs_are_means_over_all_examples() -> None:

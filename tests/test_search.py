@@ -84,7 +84,7 @@ def in_use(model: Any, batch: Batch, recipe: Recipe) -> torch.Tensor:
 TWO_D = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-@pytest.mark.parametrize("method", ["attention", "fastv", "pagerank", "pool"])
+@pytest.mark.parametrize("method", ["attention", "fastv", "pagerank", "pool", "sparsevlm"])
 @pytest.mark.parametrize("family", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
 def test_a_walk_gives_what_prefill_and_decoding_give(family: tiny.Family, method: str) -> None:
     model, batch = family.build(), batch_of(family, [1, 1])

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from test_contract import FAMILIES, METHODS, OBSERVED, batch, recipe_of, works
+from test_contract import FAMILIES, METHODS, OBSERVED, REFUSED, batch, recipe_of, works
 from test_session import BOTH, attending
 from torch import Tensor
 
@@ -66,7 +66,11 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_dropping_equals_masking_in_the_loss(models, method: str, family: str) -> None:
-    """The oracle, for the loss and for the gradients of the text model's layers."""
+    """The oracle, for the loss and for the gradients of the text model's layers.
+
+    Where a method blends inside the LLM the oracle takes its vectors as given, so gradients through
+    them are left to the finite differences below.
+    """
     works(method, family)
     model, inputs = models(family), batch(family, [2, 0, 1])
     labels, recipe = answers(inputs), recipe_of(method)
@@ -75,7 +79,8 @@ def test_dropping_equals_masking_in_the_loss(models, method: str, family: str) -
     with foveate.reduced(model, recipe):
         loss = model(**inputs, labels=labels, num_items_in_batch=1).loss
     assert torch.allclose(loss, expected, rtol=1e-5)
-    close(layers(gradients(model, loss)), layers(gradients(model, expected)))
+    if not run.blended:
+        close(layers(gradients(model, loss)), layers(gradients(model, expected)))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -218,7 +223,8 @@ def test_labels_cut_by_the_report_are_those_of_the_loss(side: str) -> None:
 # Gradients
 
 
-PARTS = [(method, "multi_modal_projector.linear_1.weight") for method in METHODS]
+ON_LLAVA = [method for method in METHODS if (method, "llava") not in REFUSED]
+PARTS = [(method, "multi_modal_projector.linear_1.weight") for method in ON_LLAVA]
 # PruMerge's weights are attention: what computes it learns through the merge alone.
 WATCHED = "encoder.layers.2.self_attn.k_proj.weight"
 PARTS += [("prumerge", WATCHED), ("prumerge+", WATCHED)]

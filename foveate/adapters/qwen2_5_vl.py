@@ -28,6 +28,13 @@ class Qwen25VL(Adapter):
     def vision_attention(self, model: nn.Module) -> nn.Module:
         return cast(Any, self.base(model)).visual.blocks[-1].attn  # type: ignore[no-any-return]
 
+    def middle_attention(self, model: nn.Module, last: nn.Module, depth: float) -> nn.Module:
+        """The nearest layer that attends to the whole image; some of 2.5's see windows."""
+        visual = cast(Any, self.base(model)).visual
+        every = range(len(visual.blocks))
+        wanted, whole = depth * len(every), getattr(visual, "fullatt_block_indexes", every)
+        return visual.blocks[min(whole, key=lambda index: abs(index - wanted))].attn  # type: ignore[no-any-return]
+
     def placeholders(self, model: nn.Module) -> Mapping[str, int]:
         config = cast(Any, model.config)
         return {"image": config.image_token_id, "video": config.video_token_id}

@@ -58,7 +58,15 @@ class _Rows(Pass):
         end = self.rows - self.answers
         if seen.q is None or seen.k is None or seen.rows is None:
             return seen
-        return replace(seen, q=seen.q[:, :, :end], k=seen.k[:, :, :end], rows=seen.rows[:, :end])
+        entered = self.embeds.shape[1] - self.answers
+        return replace(
+            seen,
+            q=seen.q[:, :, :end],
+            k=seen.k[:, :, :end],
+            rows=seen.rows[:, :end],
+            embeds=self.embeds[:, :entered],
+            entered=self.entered[:, :entered],
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class State:
     @property
     def bytes(self) -> int:
         """Memory of what grows with the batch."""
-        kept = [self.hidden, *((self.seen.q, self.seen.k) if self.seen else ())]
+        kept = [self.hidden, self.rows.embeds, *((self.seen.q, self.seen.k) if self.seen else ())]
         return sum(t.numel() * t.element_size() for t in kept)
 
 

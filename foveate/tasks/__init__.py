@@ -8,9 +8,10 @@ from pathlib import Path
 from foveate.recipe import settings
 from foveate.tasks.example import Example, Task
 
-__all__ = ["Example", "Task", "names", "task"]
+__all__ = ["FINE", "Example", "Task", "names", "task"]
 
 SPLITS = ("train", "validation", "test")
+FINE = ("scenes-words", "scenes-count")  # what they ask for is small in the image, and goes first
 
 
 def names() -> tuple[str, ...]:
