@@ -151,10 +151,11 @@ class Entrance:
         if self._state.get() is not None:  # video features that are made by the call for images
             return original(**call)
         if self._method.video and modality != "video":
+            apart = "video" in self._adapter.encoders(self._model)
+            where = self._adapter.family + ("" if apart else ", to which videos come as images")
             raise NotImplementedError(
-                f"{self._method.name} cannot work on an {modality} of {self._adapter.family}: it "
-                "compares the frames of a video. Give a video, or use a method for images, such as "
-                "'pool'."
+                f"{self._method.name} cannot work on an {modality} of {where}: it compares the "
+                "frames of a video. Use a method for images, such as 'pool'."
             )
         self._report.begin()
         state = _Encoding(modality, call)
@@ -196,10 +197,22 @@ class Entrance:
         """Items split into groups, reduced."""
         sizes = self._adapter.groups(state.modality, state.call, [len(item) for item in items])
         if self._method.video:
+            self._refuse_single_frames(state, sizes)
             return [self._film(item, part) for item, part in zip(items, sizes, strict=True)]
         split = [x for item, part in zip(items, sizes, strict=True) for x in item.split(part)]
         made = iter(self._groups(state, split))
         return [[next(made) for _ in part] for part in sizes]
+
+    def _refuse_single_frames(self, state: _Encoding, sizes: list[list[int]]) -> None:
+        """Where an item is a frame and not a video, nothing says which belong together."""
+        pixels = state.call.get("pixel_values_videos")
+        fewer = pixels is not None and pixels.ndim == 5 and len(pixels) != len(sizes)
+        if fewer or any(part[0] < max(part) for part in sizes):
+            raise NotImplementedError(
+                f"{self._method.name} cannot work on a video of {self._adapter.family}, whose "
+                "frames come one by one: it compares the frames of a video. Use a method for "
+                "images, such as 'pool', which works frame by frame."
+            )
 
     def _film(self, item: Tensor, sizes: list[int]) -> list[_Survivors]:
         """The frames of a video as one group; what follows them (a newline) stays as it is."""

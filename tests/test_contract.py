@@ -48,11 +48,14 @@ REFUSED = {("downsample", family): why for family, why in FIXED.items()} | {
     for method, kind in discover().items()
     if kind.needs_attention and kind.site != "layers"
 }
+# Whose pictures are videos; some families give them out as images, or frame by frame.
+SINGLE = ("perception-lm (video)", "video-llava (video)")
+FILMS = [f for f in FAMILIES if f.endswith("(video)") and f not in SINGLE]
 REFUSED |= {
     (method, family): "it compares the frames of a video"
     for method, kind in discover().items()
     for family in FAMILIES
-    if kind.video and not family.endswith("(video)")
+    if kind.video and family not in FILMS
 }
 # Families where methods can read what the encoder attended to.
 OBSERVED = [family for family in FAMILIES if family not in BLIND]
