@@ -133,7 +133,8 @@ class Matrix:
                 {
                     "family": family(model).family,
                     "model_type": model.config.model_type,
-                    "encoder": model.config.vision_config.model_type,
+                    "encoder": tiny_family.encoder or model.config.vision_config.model_type,
+                    "input": "video" if tiny.VIDEO in tiny_family.ids else "image",
                     "status": "tested" if found else "untested",
                     "methods": dict(sorted(found.items())),
                 }

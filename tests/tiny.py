@@ -46,6 +46,7 @@ class Family:
         collate: the arguments of a batch from those of each sample's pictures.
         more: pictures besides the ordinary image.
         turn: the pictures, by name, that n images are in turn.
+        encoder: the type of the real encoder, where another stands in for it.
         mixed: batches of different pictures that the family takes in one call.
     """
 
@@ -59,6 +60,7 @@ class Family:
     collate: Callable[[list[list[dict[str, Any]]]], dict[str, Any]] = concatenated
     more: Mapping[str, Picture] = field(default_factory=dict)
     turn: Sequence[str] = ("image",)
+    encoder: str = ""
     mixed: Sequence[Sequence[Sequence[str]]] = ()
 
     def pictures(self, shown: Shown) -> list[Picture]:

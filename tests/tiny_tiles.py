@@ -246,7 +246,8 @@ def _of_both(
     """A family once with images and once with video, and with both in one batch."""
     more = {"mixed": [[["image"], [], ["image"] * 3, ["video"]]]} | more
     more["more"] = more.get("more", {}) | {"video": video}
-    return [_family(name, build, image, **more), _family(f"{name} (video)", build, video)]
+    alone = _family(f"{name} (video)", build, video, encoder=more.get("encoder", ""))
+    return [_family(name, build, image, **more), alone]
 
 
 def _ovis2() -> Family:
@@ -352,7 +353,7 @@ FAMILIES = {
         _of_tiles("internvl-tiles", internvl, 64, 16),
         _ovis2(),
         _molmo2(),
-        *_of_both("perception-lm", perception_lm, TWO_TILES, POOLED),
-        _family("fastvlm", fast_vlm, _picture(_pixels(3, 128, 128), 16)),
+        *_of_both("perception-lm", perception_lm, TWO_TILES, POOLED, encoder="timm_wrapper"),
+        _family("fastvlm", fast_vlm, _picture(_pixels(3, 128, 128), 16), encoder="timm_wrapper"),
     )
 }

@@ -225,16 +225,15 @@ def models(rows: Sequence[Row]) -> RenderableType:
     """Families × methods; reasons stand below the table, numbered."""
     names = sorted({name for row in rows for name in row["methods"]})
     table = _table("families and methods, as the contract tests found them")
-    for name in ("family", "model_type", "encoder", "status"):
+    about = ("family", "model_type", "encoder", "input", "status")
+    for name in about:
         table.add_column(name, style="cyan" if name == "family" else "")
     for name in names:
         table.add_column(name, justify="center", overflow="fold")
     reasons: list[str] = []
     for row in rows:
         cells = [_cell(row["methods"].get(name), reasons) for name in names]
-        table.add_row(
-            row["family"], row["model_type"], row.get("encoder", "–"), row["status"], *cells
-        )
+        table.add_row(*(row.get(name, "–") for name in about), *cells)
     return Group(table, *(Text(f"{i}  {why}") for i, why in enumerate(reasons, start=1)))
 
 
