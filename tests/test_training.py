@@ -137,7 +137,7 @@ def test_a_batch_is_the_weighted_mean_of_its_samples(models, family: str, side: 
 
 
 def text_labels(inputs: dict[str, Any]) -> Tensor:
-    vision = inputs["input_ids"] == tiny.IMAGE
+    vision = torch.isin(inputs["input_ids"], torch.tensor([tiny.IMAGE, tiny.VIDEO]))
     return inputs["input_ids"].masked_fill(vision | (inputs["attention_mask"] == 0), -100)
 
 
