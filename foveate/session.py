@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -101,15 +101,20 @@ def _inner(model: nn.Module) -> nn.Module:
     return model if base is None else cast(nn.Module, base())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Frame:
-    """One forward of the multimodal model: what its parts tell each other."""
+    """One forward that brings images: what the model's parts tell each other.
+
+    Attributes:
+        flags: the rows of the prompt, or None when no vision token is among them.
+        slots: per modality, the placeholders of each sample.
+        kept: per modality, (slots, survivors) of each item; None where only counting tells.
+    """
 
     flags: Flags | None = None
-    where: dict[str, Tensor] = field(default_factory=dict)
+    slots: dict[str, list[int]] = field(default_factory=dict)
     kept: dict[str, list[tuple[int, int]] | None] = field(default_factory=dict)
     rows: Pass | None = None
-    masks: list[Any] | None = None
 
 
 class Session:
@@ -124,10 +129,14 @@ class Session:
         self.recipe._check_reducers()
         self.report = Report(self.shape)
         self._frame: ContextVar[_Frame | None] = ContextVar("foveate_frame", default=None)
+        # Empty means that no thread's frame needs asking for. torch.compile cannot trace a ContextVar,
+        # and so decoding, and text, are traced without one.
+        self._frames: set[_Frame] = set()
         self._left: ContextVar[Left | None] = ContextVar("foveate_left", default=None)
         self._undo: list[Callable[[], None]] = []
         self._entrance: Entrance | None = None
-        self._reducing = bool(self.recipe.schedule.cuts())
+        self._cuts = self.recipe.schedule.cuts()
+        self._reducing = bool(self._cuts)
         try:
             self._open()
         except BaseException:
@@ -151,10 +160,10 @@ class Session:
             if cast(Any, self.recipe.entrance).needs_attention:
                 watched.append((self.adapter.vision_attention(self.model), self._entrance.show))
         layers = list(cast(nn.ModuleList, text.layers))
-        if schedule.cuts() and cast(Any, self.recipe.layers).needs_attention:
+        if self._cuts and cast(Any, self.recipe.layers).needs_attention:
             watched += [
                 (cast(nn.Module, layers[cut - 1].self_attn), partial(self._show, cut - 1))
-                for cut in schedule.cuts()
+                for cut in self._cuts
             ]
         self._undo.append(Watch(watched).remove)
         self._hook(self.model.register_forward_pre_hook(self._refuse_rows, with_kwargs=True))
@@ -162,9 +171,9 @@ class Session:
         self._hook(base.register_forward_hook(self._leave, always_call=True))
         self._hook(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._hook(text.register_forward_hook(self._after_text))
-        for cut in schedule.cuts()[:1]:
+        for cut in self._cuts[:1]:
             for index, layer in enumerate(layers[cut:], start=cut):
-                before = partial(self._before_layer, index)
+                before = partial(self._before_layer, index, segment(self.recipe, index))
                 self._hook(layer.register_forward_pre_hook(before, with_kwargs=True))
         self._refuse_chunks()
         self._cut_labels()
@@ -224,18 +233,22 @@ class Session:
 
     # One forward of the multimodal model
 
+    def _now(self) -> _Frame | None:
+        """The frame of this thread's forward, if it brings images."""
+        return self._frame.get() if self._frames else None
+
     def _encoded(self, modality: str, sizes: list[tuple[int, int]]) -> None:
-        if (frame := self._frame.get()) is not None:
+        if (frame := self._now()) is not None:
             frame.kept[modality] = sizes
 
     def _show(self, layer: int, seen: Seen) -> None:
-        frame = self._frame.get()
+        frame = self._now()
         if frame is not None and frame.rows is not None:
             frame.rows.seen[layer] = seen
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frame = _Frame()
-        self._frame.set(frame)
+        if not torch.compiler.is_compiling():
+            self._left.set(None)
         outputs = kwargs.get("mm_encoder_outputs") or {}
         given = [m for m, name in _INPUTS.items() if kwargs.get(name) is not None or outputs.get(m)]
         if not given:
@@ -246,29 +259,33 @@ class Session:
                 "inputs_embeds were given without input_ids, and foveate cannot tell which of "
                 "their rows are vision tokens. Pass input_ids and pixel_values."
             )
+        frame = _Frame()
+        self._frame.set(frame)
+        self._frames.add(frame)
         self._read(frame, ids, kwargs)
         for modality in given:
             if self._entrance is not None and outputs.get(modality):
                 frame.kept[modality] = self._entrance.kept(outputs[modality].pooler_output)
 
     def _read(self, frame: _Frame, ids: Tensor, kwargs: dict[str, Any]) -> None:
-        """Which rows are vision and which padding, on the host: the one copy from the device."""
+        """Which rows are vision and which padding, and how many: the one read from the device."""
         where = {m: ids == number for m, number in self.adapter.placeholders(self.model).items()}
         past = int(self._past(kwargs.get("past_key_values"))[0])
         valid = two_d(kwargs.get("attention_mask"), ids.shape[1], past)
-        rows = [torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, *where.values()]
-        host = torch.stack([row.to(ids.device) for row in rows]).cpu()
-        frame.where = dict(zip(where, host[1:], strict=True))
-        vision = host[1:].any(0) & host[0]
-        if bool(vision.any()):
-            frame.flags = Flags(host[0], vision)
+        vision = reduce(torch.logical_or, where.values())
+        flags, slots = Flags.read(valid, vision, list(where.values()))
+        frame.slots = dict(zip(where, slots, strict=True))
+        if any(flags.counts):
+            frame.flags = flags
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        frame, left = self._frame.get(), None
-        if frame is not None and frame.rows is not None and frame.flags is not None:
-            left = Left(frame.rows.place, frame.rows.valid, frame.flags.valid.shape[1])
-        self._left.set(left)
+        frame = self._now()
+        if frame is None:
+            return
+        if frame.rows is not None and frame.flags is not None:
+            self._left.set(Left(frame.rows.place, frame.rows.valid, frame.flags.rows))
         self._frame.set(None)
+        self._frames.discard(frame)
 
     # Training
 
@@ -290,25 +307,23 @@ class Session:
     def _before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        frame = self._frame.get()
-        if frame is None:
-            return None
+        frame = self._now()
         old = request_of(kwargs.get("past_key_values"))
-        if old is not None and old.cuts != self.recipe.schedule.cuts():
+        if old is not None and old.cuts != self._cuts:
             raise ValueError(
                 "This cache was filled under another recipe; start the conversation anew, or "
                 "attach the recipe that it was started with."
             )
-        if frame.flags is not None:
+        if frame is not None and frame.flags is not None:
             return args, self._start(frame, frame.flags, old, kwargs)
-        return None if old is None else (args, self._continue(frame, old, kwargs))
+        return None if old is None else (args, self._continue(old, kwargs))
 
     def _start(
         self, frame: _Frame, flags: Flags, old: Request | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """New rows with vision tokens among them."""
         cache = kwargs.get("past_key_values")
-        past = self._past(cache)
+        past = [int(n) for n in self._past(cache)]
         old_masks = self._old_masks(old, past, kwargs)
         self.report.begin()
         rows = Pass.begin(
@@ -319,54 +334,50 @@ class Session:
             return kwargs
         frame.rows = rows
         self._refuse_windows(rows.rows)
-        if self.recipe.schedule.cuts():
+        if self._cuts:
             self._refuse_old_checkpointing()
-        stay, alive = rows.text | rows.vision, rows.alive
-        if self._entrance is not None:
-            stay = stay & ~kwargs["inputs_embeds"][..., 0].isnan()
-            alive = self._alive(frame, stay & rows.vision)
+        stay, alive = None, rows.alive
         with self.report.clock(rows.device):
+            if self._entrance is not None:
+                stay = ~kwargs["inputs_embeds"][..., 0].isnan()
+                alive = self._alive(frame, stay, flags)
             kwargs = rows.enter(kwargs, stay, alive, self.adapter.positions == "compact")
-        rows.record(next(iter(self.recipe.schedule.cuts()), self.shape.layers))
+        rows.record(next(iter(self._cuts), self.shape.layers))
         return kwargs
 
-    def _alive(self, frame: _Frame, alive: Tensor) -> list[int]:
+    def _alive(self, frame: _Frame, stay: Tensor, flags: Flags) -> list[int]:
         """Vision rows left in each sample, from what the feature calls said, else by counting."""
-        counted = [0] * alive.shape[0]
-        for modality, where in frame.where.items():
+        counted = [0] * len(flags.counts)
+        for modality, samples in frame.slots.items():
             items = iter(frame.kept.get(modality) or ())
-            for b, slots in enumerate(where.sum(-1).tolist()):
+            for b, slots in enumerate(samples):
                 while slots > 0:
                     size, kept = next(items, (slots + 1, 0))
                     slots, counted[b] = slots - size, counted[b] + kept
                 if slots:
-                    return cast(list[int], alive.sum(-1).tolist())
+                    return cast(list[int], (stay & flags.vision.to(stay.device)).sum(-1).tolist())
         return counted
 
-    def _continue(self, frame: _Frame, old: Request, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _continue(self, old: Request, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Text after a reduced prompt: decoding, or the next turn."""
         embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
         batch, rows = embeds.shape[:2]
+        past = self._past(cache)
         new = None
         if rows > 1 and (valid := two_d(kwargs.get("attention_mask"), rows, 0)) is not None:
             new = None if bool(valid.all()) else valid.to(embeds.device)
-        past = self._past(cache)
-        old.masks = [
-            joined(mask, new, length, rows, batch, embeds.device)
-            for mask, length in zip(old.masks, past, strict=True)
-        ]
-        frame.masks = [
+        old.masks = [joined(mask, new, n) for mask, n in zip(old.masks, past, strict=True)]
+        old.now = [
             causal_mask(self.text.config, cache, mask, rows, length, batch, embeds)
             for mask, length in zip(old.masks, past, strict=True)
         ]
         positions = shifted(kwargs.get("position_ids"), old, kwargs)
-        return {**kwargs, "attention_mask": frame.masks[0], "position_ids": positions}
+        return {**kwargs, "attention_mask": old.now[0], "position_ids": positions}
 
     def _past(self, cache: Any) -> list[Any]:
         """Rows in the cache, per segment."""
-        starts = (0, *self.recipe.schedule.cuts())
         held = len(cache.layers) if cache is not None else 0
-        return [cache.layers[s].get_seq_length() if s < held else 0 for s in starts]
+        return [cache.layers[s].get_seq_length() if s < held else 0 for s in (0, *self._cuts)]
 
     def _old_masks(
         self, old: Request | None, past: list[Any], kwargs: dict[str, Any]
@@ -379,27 +390,33 @@ class Session:
         return [mask[:, : int(past[0])].bool() if plain else None for _ in past]  # type: ignore[index]
 
     def _before_layer(
-        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        index: int,
+        part: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        frame = self._frame.get()
-        if frame is None:
-            return None
-        if frame.masks is not None:
-            return args, {**kwargs, "attention_mask": frame.masks[segment(self.recipe, index)]}
+        frame = self._now()
+        if frame is None or frame.rows is None:
+            old = request_of(kwargs.get("past_key_values"))
+            if old is None or old.now is None:
+                return None
+            return args, {**kwargs, "attention_mask": old.now[part]}
         rows = frame.rows
-        if rows is None:
-            return None
-        if index in self.recipe.schedule.cuts():
+        if index in self._cuts:
             rows.segment.setdefault("position_embeddings", kwargs["position_embeddings"])
             args = (rows.cut(args[0], index), *args[1:])
         return args, {**kwargs, **rows.segment}
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> None:
-        frame = self._frame.get()
+        frame, cache = self._now(), output.past_key_values
         if frame is None or frame.flags is None:
+            if (old := request_of(cache)) is not None:
+                old.now = None
             return
         self.report.finish()
-        if frame.rows is not None and (cache := output.past_key_values) is not None:
+        if frame.rows is not None and cache is not None:
             frame.rows.request().live_on(cache)
 
 

@@ -56,9 +56,10 @@ class _Rows(Pass):
     def tokens(self, hidden: Tensor, layer: int) -> Tokens:
         seen = super().tokens(hidden, layer)
         end = self.rows - self.answers
-        if seen.q is None or seen.k is None or seen.rows is None:
+        if seen.q is None or seen.k is None:
             return seen
-        return replace(seen, q=seen.q[:, :, :end], k=seen.k[:, :, :end], rows=seen.rows[:, :end])
+        rows = None if seen.rows is None else seen.rows[:, :end]
+        return replace(seen, q=seen.q[:, :, :end], k=seen.k[:, :, :end], rows=rows)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Runner:
 
     def _rows(self, batch: Batch, hidden: Tensor, recipe: Recipe) -> Pass:
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
-        flags = Flags(mask.cpu(), (vision_rows(self.model, ids) & mask).cpu())
+        flags, _ = Flags.read(mask, vision_rows(self.model, ids))
         given = {"inputs_embeds": hidden}
         config = self.text.config
         return Pass.begin(recipe, Report(self.shape), config, None, flags, [0], None, [None], given)
