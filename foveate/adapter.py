@@ -196,14 +196,13 @@ def last_attention(tower: nn.Module) -> nn.Module:
 
 def whole_images(seen: Sequence[Seen], *, has_cls: bool) -> list[Observed]:
     """Observations of an encoder that sees one image per batch row, [CLS] first if there is one."""
-    first = int(has_cls)
-    return [
-        Observed(
-            q, k, torch.arange(first, q.shape[1], device=q.device), 0 if has_cls else None, s.scale
-        )
-        for s in seen
-        for q, k in zip(s.q.unbind(0), s.k.unbind(0), strict=True)
-    ]
+    first, cls = int(has_cls), 0 if has_cls else None
+    found = []
+    for s in seen:
+        at = torch.arange(first, s.q.shape[2], device=s.q.device)
+        pairs = zip(s.q.unbind(0), s.k.unbind(0), strict=True)
+        found += [Observed(q, k, at, cls, s.scale) for q, k in pairs]
+    return found
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:

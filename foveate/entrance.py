@@ -12,6 +12,8 @@ instead of silently full.
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 from collections.abc import Callable, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from foveate.adapter import Adapter, Observed, Seen
-from foveate.prompt import take
+from foveate.adapter import Adapter, Grid, Observed, Seen
+from foveate.ops.rows import flat, slots, take
 from foveate.recipe import Recipe
 from foveate.reducer import Reducer, Reduction, Tokens
 from foveate.report import Report
@@ -30,23 +32,33 @@ from foveate.report import Report
 
 @dataclass(frozen=True)
 class _Survivors:
-    """One group after its reduction: ``slots`` (K,) ascending of ``size``, ``x`` (K, D)."""
+    """Groups of one size after their reduction, all with as many survivors.
 
+    Attributes:
+        groups: which of the call's groups these are.
+        size: slots of each, N.
+        slots: ``(G, K)``, ascending.
+        x: ``(G, K, D)``.
+    """
+
+    groups: list[int]
     size: int
     slots: Tensor
     x: Tensor
 
     def written(self) -> Tensor:
-        """``(size, D)`` with NaN in the slots that nobody takes."""
-        if len(self.slots) == self.size:
+        """``(G, N, D)`` with NaN in the slots that nobody takes."""
+        count, width = self.slots.shape[1], self.x.shape[-1]
+        if count == self.size:
             return self.x
-        full = self.x.new_full((self.size, self.x.shape[-1]), torch.nan)
-        return full.index_copy(0, self.slots, self.x)
+        full = self.x.new_full((len(self.groups) * self.size, width), torch.nan)
+        full = full.index_copy(0, flat(self.slots, self.size), self.x.flatten(0, 1))
+        return full.view(len(self.groups), self.size, width)
 
 
 @dataclass
 class _Encoding:
-    """State of one ``get_*_features`` call."""
+    """State of one ``get_*_features`` call; the integers of ``call`` are on the host."""
 
     modality: str
     call: dict[str, Any]
@@ -127,18 +139,18 @@ class Entrance:
 
     def _encode(self, modality: str, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         self._report.begin()
-        state = _Encoding(modality, call)
+        state = _Encoding(modality, {name: _read(value) for name, value in call.items()})
         token = self._state.set(state)
         try:
             if self._method.site == "pixels":
-                outputs, parts = self._smaller(state, original)
+                outputs, sizes, made = self._smaller(state, original)
             else:
                 outputs = original(**call)
                 with self._report.clock(outputs.pooler_output[0].device):
-                    parts = self._reduced(state, list(outputs.pooler_output))
+                    sizes, made = self._reduced(state, list(outputs.pooler_output))
         finally:
             self._state.reset(token)
-        outputs.pooler_output = self._collected(modality, outputs.pooler_output, parts)
+        outputs.pooler_output = self._collected(modality, outputs.pooler_output, sizes, made)
         return outputs
 
     def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -147,14 +159,22 @@ class Entrance:
         if state is None:
             return None
         with self._report.clock(args[0].device):
-            state.made = self._groups(state, list(args[0]))
-        return (nn.utils.rnn.pad_sequence([m.x for m in state.made], batch_first=True), *args[1:])
+            state.made = self._groups(state, args[0].unbind())
+        if len(state.made) == 1:
+            return (state.made[0].x, *args[1:])
+        rows = [made.x[0] for made in state.made]  # chosen counts: one group each
+        return (nn.utils.rnn.pad_sequence(rows, batch_first=True), *args[1:])
 
-    def _reduced(self, state: _Encoding, items: list[Tensor]) -> list[list[_Survivors]]:
-        """The survivors of every item, group by group."""
+    def _reduced(
+        self, state: _Encoding, items: list[Tensor]
+    ) -> tuple[list[list[int]], list[_Survivors]]:
+        """Slots of every group, item by item, and the survivors of all."""
         if state.made:  # done before the projector, where an item is a group
-            pairs = zip(state.made, items, strict=True)
-            return [[replace(made, x=item[: len(made.slots)])] for made, item in pairs]
+            made = [
+                replace(m, x=torch.stack([items[g] for g in m.groups])[:, : m.slots.shape[1]])
+                for m in state.made
+            ]
+            return [[m.size] for m in made for _ in m.groups], made
         if self._method.site == "features" and self._adapter.aligned:
             raise ValueError(
                 "The projector that the recipe was attached to is no longer the model's; call "
@@ -162,10 +182,9 @@ class Entrance:
             )
         sizes = self._adapter.groups(state.modality, state.call, [len(item) for item in items])
         split = [x for item, part in zip(items, sizes, strict=True) for x in item.split(part)]
-        made = iter(self._groups(state, split))
-        return [[next(made) for _ in part] for part in sizes]
+        return sizes, self._groups(state, split)
 
-    def _groups(self, state: _Encoding, xs: list[Tensor]) -> list[_Survivors]:
+    def _groups(self, state: _Encoding, xs: Sequence[Tensor]) -> list[_Survivors]:
         """Reduce groups ``(N, D)``: one call of the method for each distinct shape."""
         sizes = [len(x) for x in xs]
         grids = self._adapter.grids(state.modality, state.call, sizes)
@@ -175,35 +194,42 @@ class Entrance:
         shapes: dict[Any, list[int]] = {}
         for g, (size, grid, view) in enumerate(zip(sizes, grids, observed, strict=True)):
             shapes.setdefault((size, grid, view and (view.q.shape, view.cls)), []).append(g)
-        made: dict[int, _Survivors] = {}
-        for (size, grid, _), members in shapes.items():
-            tokens = _stacked([xs[g] for g in members], [observed[g] for g in members], grid)
-            made.update(zip(members, self._reduce(tokens, size), strict=True))
-        return [made[g] for g in range(len(xs))]
+        made: list[_Survivors] = []
+        for (_, grid, _), groups in shapes.items():
+            tokens = _stacked([xs[g] for g in groups], [observed[g] for g in groups], grid)
+            made += self._reduce(tokens, groups)
+        return made
 
-    def _reduce(self, tokens: Tokens, size: int) -> list[_Survivors]:
-        """Groups of one size, B of them."""
-        groups = tokens.x.shape[0]
+    def _reduce(self, tokens: Tokens, groups: list[int]) -> list[_Survivors]:
+        """Groups of one size, G of them."""
+        size = tokens.x.shape[1]
         budget = self._schedule.count(0, size)
         if size == 1 or (budget == size and not self._schedule.adaptive):
-            whole = torch.arange(size, device=tokens.x.device)
-            return [_Survivors(size, whole, x) for x in tokens.x]
-        made = self._method.reduce(tokens, None if self._schedule.adaptive else [budget] * groups)
+            return [_Survivors(groups, size, slots(tokens.x), tokens.x)]
+        if self._schedule.adaptive:
+            return self._adapted(tokens, groups)
+        made = self._method.reduce(tokens, [budget] * len(groups))
         x = take(tokens.x, made.keep) if made.x is None else made.x
-        if (
-            self._adapter.positions == "keep"
-        ):  # the place is in the position ids: rows in raster order
-            x = take(x, made.keep.argsort(dim=-1)) if not self._schedule.adaptive else x
-        counts = made.count.tolist() if self._schedule.adaptive else [budget] * groups
+        ranked = made.keep.sort(dim=-1)
+        if self._adapter.positions == "keep":  # the place is in the position ids: in raster order
+            x = take(x, ranked.indices)
+        self._report.groups.extend(_groups_of(made, size))
+        return [_Survivors(groups, size, ranked.values, x)]
+
+    def _adapted(self, tokens: Tokens, groups: list[int]) -> list[_Survivors]:
+        """The same where the method chooses each group's count, and so each is on its own."""
+        size = tokens.x.shape[1]
+        made = self._method.reduce(tokens, None)
+        x = take(tokens.x, made.keep) if made.x is None else made.x
         self._report.groups.extend(_groups_of(made, size))
         return [
-            _Survivors(size, keep[:n].sort().values, row[:n])
-            for keep, row, n in zip(made.keep, x, counts, strict=True)
+            _Survivors([g], size, keep[None, :n].sort().values, row[None, :n])
+            for g, keep, row, n in zip(groups, made.keep, x, made.count.tolist(), strict=True)
         ]
 
     def _smaller(
         self, state: _Encoding, original: Callable[..., Any]
-    ) -> tuple[Any, list[list[_Survivors]]]:
+    ) -> tuple[Any, list[list[int]], list[_Survivors]]:
         """Site ``pixels``: encode smaller images; their tokens take the slots they lie over."""
         method = cast(Any, self._method)  # site pixels: it has shape()
         call, grids = self._adapter.shrink(
@@ -214,29 +240,55 @@ class Entrance:
             lambda n: self._schedule.count(0, n),
         )
         outputs = original(**call)
-        changes = iter(grids)
-        parts = []
+        changes, number = iter(grids), itertools.count()
+        sizes: list[list[int]] = []
+        shapes: dict[tuple[Grid, Grid], list[tuple[int, Tensor]]] = {}
         for item in outputs.pooler_output:
-            part, rest = [], item
-            while len(rest):
+            sizes.append([])
+            taken = 0
+            while taken < len(item):
                 old, new = next(changes)
-                x, rest = rest.split([new[0] * new[1], len(rest) - new[0] * new[1]])
-                part.append(_Survivors(old[0] * old[1], nearest(old, new).to(item.device), x))
-            parts.append(part)
-        return outputs, parts
+                x, taken = item[taken : taken + math.prod(new)], taken + math.prod(new)
+                shapes.setdefault((old, new), []).append((next(number), x))
+                sizes[-1].append(math.prod(old))
+        made = []
+        for (old, new), found in shapes.items():
+            x = torch.stack([x for _, x in found])
+            under = nearest(old, new).to(x.device, non_blocking=True).expand(len(found), -1)
+            made.append(_Survivors([g for g, _ in found], math.prod(old), under, x))
+        return outputs, sizes, made
 
-    def _collected(self, modality: str, features: Any, parts: list[list[_Survivors]]) -> Any:
+    def _collected(
+        self, modality: str, features: Any, sizes: list[list[int]], made: list[_Survivors]
+    ) -> Any:
         """The feature result in the form in which it came."""
-        items = [torch.cat([group.written() for group in part]) for part in parts]
-        sizes = [(sum(g.size for g in part), sum(len(g.slots) for g in part)) for part in parts]
-        self._encoded(modality, sizes)
+        groups: dict[int, Tensor] = {}
+        left: dict[int, int] = {}
+        for part in made:
+            groups.update(zip(part.groups, part.written().unbind(), strict=True))
+            left.update(dict.fromkeys(part.groups, part.slots.shape[1]))
+        number = itertools.count()
+        items, kept = [], []
+        for own in sizes:
+            mine = [next(number) for _ in own]
+            items.append(
+                groups[mine[0]] if len(mine) == 1 else torch.cat([groups[g] for g in mine])
+            )
+            kept.append((sum(own), sum(left[g] for g in mine)))
+        self._encoded(modality, kept)
         if isinstance(features, list | tuple):
-            for item, size in zip(items, sizes, strict=True):
-                self._kept[item] = [size]
+            for item, pair in zip(items, kept, strict=True):
+                self._kept[item] = [pair]
             return type(features)(items)
         stacked = torch.stack(items)
-        self._kept[stacked] = sizes
+        self._kept[stacked] = kept
         return stacked
+
+
+def _read(value: Any) -> Any:
+    """Grids and sizes on the host, read before the encoder keeps the device busy."""
+    whole = isinstance(value, Tensor) and not value.is_floating_point()
+    return value.cpu() if whole else value
 
 
 def _stacked(
@@ -254,7 +306,6 @@ def _stacked(
         q=q,
         k=torch.stack([view.k for view in views]),
         at=torch.stack([view.at for view in views]),
-        rows=torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=x.device),
         scale=views[0].scale,
         cls=views[0].cls,
         grid=grid,

@@ -336,11 +336,11 @@ class Pass:
         """
         lengths = [n - a + b for n, a, b in zip(self.lengths, self.alive, alive, strict=True)]
         width = max(lengths)
-        number, padding = stay.cumsum(-1), None
+        number = stay.cumsum(-1)
         wanted = torch.arange(1, width + 1, device=self.device).expand(len(lengths), -1)
         if min(lengths) < width:
             padding = on(self.device, [width - n for n in lengths])[:, None]
-            wanted, number = wanted.clone(), number + padding
+            number = number + padding
             self.valid = wanted > padding
         else:
             self.valid = None
@@ -483,7 +483,7 @@ def take(rows: Tensor, order: Tensor, numbers: Tensor | None = None) -> Tensor:
 
 
 def written(rows: Tensor, at: Tensor, x: Tensor, beyond: bool) -> Tensor:
-    """``rows`` (B, L, D) with ``x`` (B, K, D) in the places ``at``, of which L is to be forgotten."""
+    """``rows`` (B, L, D) with ``x`` (B, K, D) in the places ``at``; to place L goes nothing."""
     length = rows.shape[1]
     if beyond:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))

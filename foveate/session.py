@@ -129,8 +129,8 @@ class Session:
         self.recipe._check_reducers()
         self.report = Report(self.shape)
         self._frame: ContextVar[_Frame | None] = ContextVar("foveate_frame", default=None)
-        # Empty means that no thread's frame needs asking for. torch.compile cannot trace a ContextVar,
-        # and so decoding, and text, are traced without one.
+        # Empty while no forward brings images. torch.compile cannot trace a ContextVar, and so
+        # decoding, which needs no frame, does not ask for one.
         self._frames: set[_Frame] = set()
         self._left: ContextVar[Left | None] = ContextVar("foveate_left", default=None)
         self._undo: list[Callable[[], None]] = []

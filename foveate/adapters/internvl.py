@@ -25,22 +25,23 @@ class InternVL(Adapter):
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
-        return [
-            Observed(*self._pooled(model, q, k), cls=0, scale=s.scale)
-            for s in seen
-            for q, k in zip(s.q.unbind(0), s.k.unbind(0), strict=True)
-        ]
+        found = []
+        for s in seen:
+            q, k, at = self._pooled(model, s.q, s.k)
+            pairs = zip(q.unbind(0), k.unbind(0), strict=True)
+            found += [Observed(*pair, at=at, cls=0, scale=s.scale) for pair in pairs]
+        return found
 
     def _pooled(self, model: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (H, 1 + patches, d) to (H, 1 + tokens, d) by the model's own pixel shuffle."""
+        """q, k (B, H, 1 + patches, d) to (B, H, 1 + tokens, d) by the model's own pixel shuffle."""
         base = cast(Any, self.base(model))
-        side = math.isqrt(q.shape[1] - 1)
+        side = math.isqrt(q.shape[2] - 1)
         index = torch.arange(side * side, device=q.device).view(1, side, side, 1)
         patches = base.pixel_shuffle(index, scale_factor=base.config.downsample_ratio)
         patches = patches.reshape(-1, patches.shape[-1])  # (tokens, 4)
 
         def pool(rows: Tensor) -> Tensor:
-            return torch.cat([rows[:, :1], rows[:, 1:][:, patches].mean(2)], dim=1)
+            return torch.cat([rows[:, :, :1], rows[:, :, 1:][:, :, patches].mean(3)], dim=2)
 
         return pool(q), pool(k), torch.arange(1, patches.shape[0] + 1, device=q.device)
 
