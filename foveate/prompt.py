@@ -400,8 +400,13 @@ class Pass:
             instruction=tuple(self.instruction),
         )
 
-    def cut(self, hidden: Tensor, layer: int) -> Tensor:
-        """Reduce ``hidden`` (B, rows, D) to what the schedule says for ``layer``."""
+    @torch.compiler.disable
+    def cut(self, hidden: Tensor, layer: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Reduce ``hidden`` (B, rows, D) to what the schedule says for ``layer``.
+
+        ``rotary``: cos and sin (1 or B, rows, d) of the prompt, read at the first cut.
+        """
+        self.segment.setdefault("position_embeddings", rotary)
         schedule, method = self.recipe.schedule, cast(Reducer, self.recipe.layers)
         wanted = [
             min(now, schedule.count(layer, n))

@@ -6,7 +6,7 @@ gone after :func:`detach` or the end of the ``with`` block, also after an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -253,7 +253,18 @@ class Session:
         given = [m for m, name in _INPUTS.items() if kwargs.get(name) is not None or outputs.get(m)]
         if not given:
             return
-        ids = args[0] if args else kwargs.get("input_ids")
+        self._begin(args[0] if args else kwargs.get("input_ids"), given, outputs, kwargs)
+
+    # torch.compile leaves what only a prompt needs alone: it would make a graph of every prompt.
+    @torch.compiler.disable
+    def _begin(
+        self,
+        ids: Tensor | None,
+        given: list[str],
+        outputs: Mapping[str, Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """A forward that brings images."""
         if ids is None:
             raise ValueError(
                 "inputs_embeds were given without input_ids, and foveate cannot tell which of "
@@ -318,6 +329,7 @@ class Session:
             return args, self._start(frame, frame.flags, old, kwargs)
         return None if old is None else (args, self._continue(old, kwargs))
 
+    @torch.compiler.disable
     def _start(
         self, frame: _Frame, flags: Flags, old: Request | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
@@ -403,11 +415,9 @@ class Session:
             if old is None or old.now is None:
                 return None
             return args, {**kwargs, "attention_mask": old.now[part]}
-        rows = frame.rows
         if index in self._cuts:
-            rows.segment.setdefault("position_embeddings", kwargs["position_embeddings"])
-            args = (rows.cut(args[0], index), *args[1:])
-        return args, {**kwargs, **rows.segment}
+            args = (frame.rows.cut(args[0], index, kwargs["position_embeddings"]), *args[1:])
+        return args, {**kwargs, **frame.rows.segment}
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> None:
         frame, cache = self._now(), output.past_key_values

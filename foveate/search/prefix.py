@@ -205,8 +205,7 @@ class Runner:
             for index in range(state.layer, stop):
                 given = state.given[index]
                 if index in cuts:
-                    rows.segment.setdefault("position_embeddings", given["position_embeddings"])
-                    hidden = rows.cut(hidden, index)
+                    hidden = rows.cut(hidden, index, given["position_embeddings"])
                 hidden = _first(self.layers[index](hidden, **{**given, **rows.segment}))
                 self.flops += sum(self.shape.layer_flops(n) for n in rows.lengths)
         seen = rows.seen.pop(stop - 1, None)
