@@ -182,8 +182,8 @@ class Entrance:
                 "foveate.detach(model) and foveate.attach(model, recipe) after changing modules."
             )
         sizes = self._adapter.groups(state.modality, state.call, [len(item) for item in items])
-        split = [x for item, part in zip(items, sizes, strict=True) for x in item.split(part)]
-        return sizes, self._groups(state, split)
+        parts = [parted(item, part) for item, part in zip(items, sizes, strict=True)]
+        return sizes, self._groups(state, [x for part in parts for x in part])
 
     def _groups(self, state: _Encoding, xs: Sequence[Tensor]) -> list[_Survivors]:
         """Reduce groups ``(N, D)``: one call of the method for each distinct shape."""
@@ -245,13 +245,12 @@ class Entrance:
         sizes: list[list[int]] = []
         shapes: dict[tuple[Grid, Grid], list[tuple[int, Tensor]]] = {}
         for item in outputs.pooler_output:
-            sizes.append([])
-            taken = 0
-            while taken < len(item):
-                old, new = next(changes)
-                x, taken = item[taken : taken + math.prod(new)], taken + math.prod(new)
-                shapes.setdefault((old, new), []).append((next(number), x))
-                sizes[-1].append(math.prod(old))
+            own: list[tuple[Grid, Grid]] = []
+            while sum(math.prod(new) for _, new in own) < len(item):
+                own.append(next(changes))
+            for shape, x in zip(own, parted(item, [math.prod(n) for _, n in own]), strict=True):
+                shapes.setdefault(shape, []).append((next(number), x))
+            sizes.append([math.prod(old) for old, _ in own])
         made = []
         for (old, new), found in shapes.items():
             x = torch.stack([x for _, x in found])
@@ -290,6 +289,11 @@ def _read(value: Any) -> Any:
     """Grids and sizes on the host, read before the encoder keeps the device busy."""
     whole = isinstance(value, Tensor) and not value.is_floating_point()
     return value.cpu() if whole else value
+
+
+def parted(item: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """The groups of an item ``(slots, D)``."""
+    return [item] if len(sizes) == 1 else item.split(sizes)
 
 
 def _stacked(

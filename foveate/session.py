@@ -34,7 +34,7 @@ from foveate.prompt import (
 )
 from foveate.recipe import Recipe
 from foveate.report import Report
-from foveate.watch import Watch
+from foveate.watch import Watch, check_attention
 
 _INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -159,6 +159,8 @@ class Session:
             self._undo.append(self._entrance.remove)
             if cast(Any, self.recipe.entrance).needs_attention:
                 watched.append((self.adapter.vision_attention(self.model), self._entrance.show))
+        if self._reducing:
+            check_attention(cast(Any, text.config)._attn_implementation)
         layers = list(cast(nn.ModuleList, text.layers))
         if self._cuts and cast(Any, self.recipe.layers).needs_attention:
             watched += [
