@@ -77,6 +77,7 @@ def test_a_compiled_prompt_is_right() -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # transformers asks for _compile=True
 @torch.no_grad()
 def test_flex_attention() -> None:
     """Compiled by transformers, so this takes a C++ compiler and a minute."""

@@ -134,11 +134,13 @@ def prompted(model: Any, recipe: Recipe, inputs: dict[str, Any]) -> Iterator[Cal
     """A reduced prompt, and what runs a decoding step after it."""
     with torch.no_grad(), foveate.reduced(model, recipe):
         cache = model(**inputs, use_cache=True).past_key_values
-        token = torch.full((len(inputs["input_ids"]), 1), 7)
+        token = torch.full_like(inputs["input_ids"][:, :1], 7)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
-        yield lambda: model(
-            input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True
-        )
+        given = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1}
+        if "mm_token_type_ids" in inputs:  # M-RoPE
+            given["position_ids"] = given["position_ids"].expand(3, -1, -1)
+        given |= {"input_ids": token, "past_key_values": cache}
+        yield lambda: model(**given, use_cache=True)
 
 
 # The host never waits
@@ -205,17 +207,19 @@ def test_cuda_never_waits_for_foveate(family: str, monkeypatch) -> None:
         if "synchroniz" in str(message) and (where := place()):
             waits[where] += 1
 
-    with warnings.catch_warnings(), foveate.reduced(model, BOTH), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", note)
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            out = model(**inputs, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
+            with foveate.reduced(model, BOTH):
+                model(**inputs, use_cache=True)
             assert set(waits) <= READS
-            waits.clear()
-            mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
-            model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
+            torch.cuda.set_sync_debug_mode("default")
+            with prompted(model, BOTH, inputs) as step:
+                waits.clear()
+                torch.cuda.set_sync_debug_mode("warn")
+                step()
             assert not waits
         finally:
             torch.cuda.set_sync_debug_mode("default")
