@@ -137,7 +137,7 @@ class Entrance:
         setattr(base, name, reduced)
         self._undo.append(lambda: delattr(base, name))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _encode(self, modality: str, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         self._report.begin()
         state = _Encoding(modality, {name: _read(value) for name, value in call.items()})

@@ -400,7 +400,7 @@ class Pass:
             instruction=tuple(self.instruction),
         )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def cut(self, hidden: Tensor, layer: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Reduce ``hidden`` (B, rows, D) to what the schedule says for ``layer``.
 

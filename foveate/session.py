@@ -258,7 +258,7 @@ class Session:
         self._begin(args[0] if args else kwargs.get("input_ids"), given, outputs, kwargs)
 
     # torch.compile leaves what only a prompt needs alone: it would make a graph of every prompt.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(
         self,
         ids: Tensor | None,
@@ -331,7 +331,7 @@ class Session:
             return args, self._start(frame, frame.flags, old, kwargs)
         return None if old is None else (args, self._continue(old, kwargs))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start(
         self, frame: _Frame, flags: Flags, old: Request | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
