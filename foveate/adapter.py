@@ -277,13 +277,13 @@ def whole_images(seen: Sequence[Seen], *, has_cls: bool, stride: int = 1) -> lis
             return rows
         return torch.cat([rows[:, :, :first], _averaged(rows[:, :, first:], stride)], dim=2)
 
-    return [
-        Observed(
-            q, k, torch.arange(first, q.shape[1], device=q.device), 0 if has_cls else None, s.scale
-        )
-        for s in seen
-        for q, k in zip(tokens(s.q).unbind(0), tokens(s.k).unbind(0), strict=True)
-    ]
+    found = []
+    for s in seen:
+        q, k = tokens(s.q), tokens(s.k)
+        at = torch.arange(first, q.shape[2], device=q.device)
+        pairs = zip(q.unbind(0), k.unbind(0), strict=True)
+        found += [Observed(*pair, at, 0 if has_cls else None, s.scale) for pair in pairs]
+    return found
 
 
 def _averaged(rows: Tensor, stride: int) -> Tensor:

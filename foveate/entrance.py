@@ -12,6 +12,8 @@ instead of silently full.
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 from collections.abc import Callable, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from foveate.adapter import Adapter, Observed, Seen
-from foveate.prompt import take
+from foveate.adapter import Adapter, Grid, Observed, Seen
+from foveate.ops.rows import flat, slots, take
 from foveate.recipe import Recipe
 from foveate.reducer import Reducer, Reduction, Tokens
 from foveate.report import Report
@@ -30,29 +32,87 @@ from foveate.report import Report
 
 @dataclass(frozen=True)
 class _Survivors:
-    """One group after its reduction: ``slots`` (K,) ascending of ``size``, ``x`` (K, D)."""
+    """Groups of one size after their reduction, all with as many survivors.
 
+    Attributes:
+        groups: which of the call's groups these are.
+        size: slots of each, N.
+        slots: ``(G, K)``, ascending.
+        x: ``(G, K, D)``.
+    """
+
+    groups: list[int]
     size: int
     slots: Tensor
     x: Tensor
 
     def written(self) -> Tensor:
-        """``(size, D)`` with NaN in the slots that nobody takes."""
-        if len(self.slots) == self.size:
+        """``(G, N, D)`` with NaN in the slots that nobody takes."""
+        count, width = self.slots.shape[1], self.x.shape[-1]
+        if count == self.size:
             return self.x
-        full = self.x.new_full((self.size, self.x.shape[-1]), torch.nan)
-        return full.index_copy(0, self.slots, self.x)
+        full = self.x.new_full((len(self.groups) * self.size, width), torch.nan)
+        full = full.index_copy(0, flat(self.slots, self.size), self.x.flatten(0, 1))
+        return full.view(len(self.groups), self.size, width)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is left of the items of one call.
+
+    Attributes:
+        sizes: per item, the slots of each of its groups; groups are numbered through all items.
+        parts: the survivors of all groups.
+    """
+
+    sizes: list[list[int]]
+    parts: list[_Survivors]
+
+    @property
+    def left(self) -> list[list[int]]:
+        """Per item, the survivors of each of its groups."""
+        counts = {g: part.slots.shape[1] for part in self.parts for g in part.groups}
+        return [[counts[g] for g in own] for own in self._numbers()]
+
+    def vectors(self) -> list[Tensor | None]:
+        """``(survivors, D)`` of each item; None for one without groups."""
+        return self._items([part.x for part in self.parts])
+
+    def written(self) -> list[Tensor | None]:
+        """``(slots, D)`` of each item, NaN in the slots that nobody takes."""
+        return self._items([part.written() for part in self.parts])
+
+    def carrying(self, items: Sequence[Tensor]) -> _Made:
+        """The same survivors with other vectors: items of ``(survivors and padding, D)``."""
+        xs = [
+            x for item, counts in zip(items, self.left, strict=True) for x in parted(item, counts)
+        ]
+        parts = [replace(p, x=torch.stack([xs[g] for g in p.groups])) for p in self.parts]
+        return _Made(self.sizes, parts)
+
+    def _items(self, stacks: Sequence[Tensor]) -> list[Tensor | None]:
+        """Stacks ``(G, n, D)``, one of each part, item by item."""
+        rows: dict[int, Tensor] = {}
+        for part, stack in zip(self.parts, stacks, strict=True):
+            rows.update(zip(part.groups, stack.unbind(), strict=True))
+        items = [[rows[g] for g in own] for own in self._numbers()]
+        return [torch.cat(own) if len(own) > 1 else next(iter(own), None) for own in items]
+
+    def _numbers(self) -> list[list[int]]:
+        """The numbers of each item's groups."""
+        number = itertools.count()
+        return [[next(number) for _ in own] for own in self.sizes]
 
 
 @dataclass
 class _Encoding:
-    """State of one ``get_*_features`` call."""
+    """State of one ``get_*_features`` call; the integers of ``call`` are on the host."""
 
     modality: str
     call: dict[str, Any]
     seen: list[Seen] = field(default_factory=list)
     middle: list[Seen] = field(default_factory=list)
-    made: list[list[_Survivors]] = field(default_factory=list)
+    made: _Made | None = None
 
 
 class Entrance:
@@ -147,6 +207,7 @@ class Entrance:
         setattr(base, name, reduced)
         self._undo.append(lambda: delattr(base, name))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _encode(self, modality: str, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         if self._state.get() is not None:  # video features that are made by the call for images
             return original(**call)
@@ -158,18 +219,18 @@ class Entrance:
                 "frames of a video. Use a method for images, such as 'pool'."
             )
         self._report.begin()
-        state = _Encoding(modality, call)
+        state = _Encoding(modality, {name: _read(value) for name, value in call.items()})
         token = self._state.set(state)
         try:
             if self._method.site == "pixels":
-                outputs, parts = self._smaller(state, original)
+                outputs, made = self._smaller(state, original)
             else:
                 outputs = original(**call)
                 with self._report.clock(outputs.pooler_output[0].device):
-                    parts = self._reduced(state, list(outputs.pooler_output))
+                    made = self._reduced(state, list(outputs.pooler_output))
         finally:
             self._state.reset(token)
-        outputs.pooler_output = self._collected(modality, outputs.pooler_output, parts)
+        outputs.pooler_output = self._collected(modality, outputs.pooler_output, made)
         return outputs
 
     def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -178,14 +239,16 @@ class Entrance:
         if state is None:
             return None
         with self._report.clock(args[0].device):
-            state.made = self._split(state, list(args[0]))
-            left = [torch.cat([made.x for made in part]) for part in state.made]
+            state.made = made = self._split(state, list(args[0]))
+            if len(made.parts) == 1 and len(made.sizes) == len(made.parts[0].groups):
+                return (made.parts[0].x, *args[1:])
+            left = cast(list[Tensor], made.vectors())
         return (nn.utils.rnn.pad_sequence(left, batch_first=True), *args[1:])
 
-    def _reduced(self, state: _Encoding, items: list[Tensor]) -> list[list[_Survivors]]:
-        """The survivors of every item, group by group."""
-        if state.made:  # done before the projector
-            return [_projected(part, x) for part, x in zip(state.made, items, strict=True)]
+    def _reduced(self, state: _Encoding, items: list[Tensor]) -> _Made:
+        """What is left of the encoder's output."""
+        if state.made is not None:  # done before the projector
+            return state.made.carrying(items)
         if self._method.site == "features" and self._adapter.aligned:
             raise ValueError(
                 "The projector that the recipe was attached to is no longer the model's; call "
@@ -193,15 +256,14 @@ class Entrance:
             )
         return self._split(state, items)
 
-    def _split(self, state: _Encoding, items: list[Tensor]) -> list[list[_Survivors]]:
+    def _split(self, state: _Encoding, items: list[Tensor]) -> _Made:
         """Items split into groups, reduced."""
         sizes = self._adapter.groups(state.modality, state.call, [len(item) for item in items])
         if self._method.video:
             self._refuse_single_frames(state, sizes)
-            return [self._film(item, part) for item, part in zip(items, sizes, strict=True)]
-        split = [x for item, part in zip(items, sizes, strict=True) for x in item.split(part)]
-        made = iter(self._groups(state, split))
-        return [[next(made) for _ in part] for part in sizes]
+            return self._films(items, sizes)
+        parts = [parted(item, part) for item, part in zip(items, sizes, strict=True)]
+        return _Made(sizes, self._groups(state, [x for part in parts for x in part]))
 
     def _refuse_single_frames(self, state: _Encoding, sizes: list[list[int]]) -> None:
         """Where an item is a frame and not a video, nothing says which belong together."""
@@ -214,15 +276,20 @@ class Entrance:
                 "images, such as 'pool', which works frame by frame."
             )
 
-    def _film(self, item: Tensor, sizes: list[int]) -> list[_Survivors]:
+    def _films(self, items: list[Tensor], sizes: list[list[int]]) -> _Made:
         """The frames of a video as one group; what follows them (a newline) stays as it is."""
-        frames = sizes.count(sizes[0])
-        film, rest = item.split([frames * sizes[0], len(item) - frames * sizes[0]])
-        valid = torch.ones(1, len(film), dtype=torch.bool, device=film.device)
-        made = self._reduce(Tokens(x=film[None], valid=valid, frames=frames), len(film))
-        return [*made, _Survivors(len(rest), torch.arange(len(rest), device=rest.device), rest)]
+        number, films, made = itertools.count(), [], []
+        for item, part in zip(items, sizes, strict=True):
+            frames = part.count(part[0])
+            film, rest = item.split([frames * part[0], len(item) - frames * part[0]])
+            valid = torch.ones(1, len(film), dtype=torch.bool, device=film.device)
+            tokens = Tokens(x=film[None], valid=valid, frames=frames)
+            made += self._reduce(tokens, [next(number)])
+            made.append(_Survivors([next(number)], len(rest), slots(rest[None]), rest[None]))
+            films.append([len(film), len(rest)])
+        return _Made(films, made)
 
-    def _groups(self, state: _Encoding, xs: list[Tensor]) -> list[_Survivors]:
+    def _groups(self, state: _Encoding, xs: Sequence[Tensor]) -> list[_Survivors]:
         """Reduce groups ``(N, D)``: one call of the method for each distinct shape."""
         sizes = [len(x) for x in xs]
         grids = self._adapter.grids(state.modality, state.call, sizes)
@@ -235,40 +302,47 @@ class Entrance:
         shapes: dict[Any, list[int]] = {}
         for g, (size, grid, view) in enumerate(zip(sizes, grids, observed, strict=True)):
             shapes.setdefault((size, grid, view and (view.q.shape, view.cls)), []).append(g)
-        made: dict[int, _Survivors] = {}
-        for (size, grid, _), members in shapes.items():
-            tokens = _stacked([xs[g] for g in members], [observed[g] for g in members], grid)
+        made: list[_Survivors] = []
+        for (_, grid, _), groups in shapes.items():
+            tokens = _stacked([xs[g] for g in groups], [observed[g] for g in groups], grid)
             if self._method.depth is not None:
-                tokens = replace(tokens, middle=_queries_and_keys([middle[g] for g in members]))
-            made.update(zip(members, self._reduce(tokens, size), strict=True))
-        return [made[g] for g in range(len(xs))]
+                tokens = replace(tokens, middle=_queries_and_keys([middle[g] for g in groups]))
+            made += self._reduce(tokens, groups)
+        return made
 
     def _observed(self, state: _Encoding, seen: Sequence[Seen]) -> list[Observed]:
         return self._adapter.observe(self._model, state.modality, state.call, seen)
 
-    def _reduce(self, tokens: Tokens, size: int) -> list[_Survivors]:
-        """Groups of one size, B of them."""
-        groups = tokens.x.shape[0]
+    def _reduce(self, tokens: Tokens, groups: list[int]) -> list[_Survivors]:
+        """Groups of one size, G of them."""
+        size = tokens.x.shape[1]
         budget = self._schedule.count(0, size)
         if size == 1 or (budget == size and not self._schedule.adaptive):
-            whole = torch.arange(size, device=tokens.x.device)
-            return [_Survivors(size, whole, x) for x in tokens.x]
-        made = self._method.reduce(tokens, None if self._schedule.adaptive else [budget] * groups)
+            return [_Survivors(groups, size, slots(tokens.x), tokens.x)]
+        if self._schedule.adaptive:
+            return self._adapted(tokens, groups)
+        made = self._method.reduce(tokens, [budget] * len(groups))
         x = take(tokens.x, made.keep) if made.x is None else made.x
-        counts = made.count.tolist() if self._schedule.adaptive else [budget] * groups
-        if self._adapter.positions == "keep":  # the place is in the position ids: raster order
-            rank = torch.arange(made.keep.shape[1], device=x.device)
-            over = rank >= torch.tensor(counts).to(x.device, non_blocking=True)[:, None]
-            x = take(x, made.keep.masked_fill(over, size).argsort(dim=-1, stable=True))
+        ranked = made.keep.sort(dim=-1)
+        if self._adapter.positions == "keep":  # the place is in the position ids: in raster order
+            x = take(x, ranked.indices)
         self._report.groups.extend(_groups_of(made, size))
-        return [
-            _Survivors(size, keep[:n].sort().values, row[:n])
-            for keep, row, n in zip(made.keep, x, counts, strict=True)
-        ]
+        return [_Survivors(groups, size, ranked.values, x)]
 
-    def _smaller(
-        self, state: _Encoding, original: Callable[..., Any]
-    ) -> tuple[Any, list[list[_Survivors]]]:
+    def _adapted(self, tokens: Tokens, groups: list[int]) -> list[_Survivors]:
+        """The same where the method chooses each group's count, and so each is on its own."""
+        size = tokens.x.shape[1]
+        made = self._method.reduce(tokens, None)
+        x = take(tokens.x, made.keep) if made.x is None else made.x
+        self._report.groups.extend(_groups_of(made, size))
+        survivors = []
+        for g, keep, row, n in zip(groups, made.keep, x, made.count.tolist(), strict=True):
+            ranked = keep[:n].sort()
+            own = row[ranked.indices] if self._adapter.positions == "keep" else row[:n]
+            survivors.append(_Survivors([g], size, ranked.values[None], own[None]))
+        return survivors
+
+    def _smaller(self, state: _Encoding, original: Callable[..., Any]) -> tuple[Any, _Made]:
         """Site ``pixels``: encode smaller images; their tokens take the slots they lie over."""
         method = cast(Any, self._method)  # site pixels: it has shape()
         call, grids = self._adapter.shrink(
@@ -279,53 +353,63 @@ class Entrance:
             lambda n: self._schedule.count(0, n),
         )
         outputs = original(**call)
-        changes = iter(grids)
-        parts = []
+        changes, number = iter(grids), itertools.count()
+        sizes: list[list[int]] = []
+        shapes: dict[tuple[Grid, Grid], list[tuple[int, Tensor]]] = {}
         for item in outputs.pooler_output:
-            part, rest = [], item
-            while len(rest):
-                old, new = next(changes)
-                x, rest = rest.split([new[0] * new[1], len(rest) - new[0] * new[1]])
-                part.append(_Survivors(old[0] * old[1], nearest(old, new).to(item.device), x))
-            parts.append(part)
+            own: list[tuple[Grid, Grid]] = []
+            while sum(math.prod(new) for _, new in own) < len(item):
+                own.append(next(changes))
+            for shape, x in zip(own, parted(item, [math.prod(n) for _, n in own]), strict=True):
+                shapes.setdefault(shape, []).append((next(number), x))
+            sizes.append([math.prod(old) for old, _ in own])
+        parts = []
+        for (old, new), found in shapes.items():
+            x = torch.stack([x for _, x in found])
+            under = nearest(old, new).to(x.device, non_blocking=True).expand(len(found), -1)
+            parts.append(_Survivors([g for g, _ in found], math.prod(old), under, x))
+        made = _Made(sizes, parts)
         if (deepstack := getattr(outputs, "deepstack_features", None)) is not None:
-            outputs.deepstack_features = [_spread(items, parts) for items in deepstack]
-        return outputs, parts
+            outputs.deepstack_features = [_spread(made, items) for items in deepstack]
+        return outputs, made
 
-    def _collected(self, modality: str, features: Any, parts: list[list[_Survivors]]) -> Any:
+    def _collected(self, modality: str, features: Any, made: _Made) -> Any:
         """The feature result in the form in which it came."""
         items = [
-            torch.cat([group.written() for group in part]) if part else feature
-            for part, feature in zip(
-                parts, features, strict=True
-            )  # a sample without images: no part
+            feature if item is None else item  # a sample without images has no groups
+            for item, feature in zip(made.written(), features, strict=True)
         ]
-        sizes = [(sum(g.size for g in part), sum(len(g.slots) for g in part)) for part in parts]
-        self._encoded(modality, sizes)
+        kept = [(sum(own), sum(left)) for own, left in zip(made.sizes, made.left, strict=True)]
+        self._encoded(modality, kept)
         if isinstance(features, list | tuple):
-            for item, size in zip(items, sizes, strict=True):
-                self._kept[item] = [size]
+            for item, pair in zip(items, kept, strict=True):
+                self._kept[item] = [pair]
             return type(features)(items)
         stacked = torch.stack(items)
-        self._kept[stacked] = sizes
+        self._kept[stacked] = kept
         return stacked
 
 
-def _spread(items: Sequence[Tensor], parts: list[list[_Survivors]]) -> list[Tensor]:
+def _spread(made: _Made, items: Sequence[Tensor]) -> list[Tensor]:
     """Further features of the survivors, in their slots; zero in the others."""
-    spread = []
-    for item, part in zip(items, parts, strict=True):
-        xs = item.split([len(group.slots) for group in part])
-        written = [replace(g, x=x).written() for g, x in zip(part, xs, strict=True)]
-        spread.append(torch.cat(written).nan_to_num(0.0))
-    return spread
+    written = made.carrying(items).written()
+    return [
+        item if own is None else own.nan_to_num(0.0)
+        for own, item in zip(written, items, strict=True)
+    ]
 
 
-def _projected(part: list[_Survivors], x: Tensor) -> list[_Survivors]:
-    """The groups of one item with their vectors from behind the projector, (K and padding, D)."""
-    counts = [len(made.slots) for made in part]
-    rows = x[: sum(counts)].split(counts)
-    return [replace(made, x=own) for made, own in zip(part, rows, strict=True)]
+def _read(value: Any) -> Any:
+    """Grids and sizes on the host, read before the encoder keeps the device busy."""
+    whole = isinstance(value, Tensor) and not value.is_floating_point()
+    return value.cpu() if whole else value
+
+
+def parted(item: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """The groups of an item ``(slots and padding, D)``."""
+    if sizes == [len(item)]:
+        return [item]
+    return item[: sum(sizes)].split(sizes) if sizes else []
 
 
 def _stacked(
@@ -343,7 +427,6 @@ def _stacked(
         q=q,
         k=k,
         at=torch.stack([view.at for view in views]),
-        rows=torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=x.device),
         scale=views[0].scale,
         cls=views[0].cls,
         grid=grid,

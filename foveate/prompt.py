@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 )
 
 from foveate.adapter import Seen
+from foveate.ops.rows import flat
 from foveate.recipe import Recipe
 from foveate.reducer import Reducer, Reduction, Tokens
 from foveate.report import Report
@@ -39,11 +40,16 @@ class Request:
 
     Attributes:
         cuts: the boundaries of the recipes so far, which divide the layers into segments.
-        masks: per segment, ``(B, rows in the cache)`` bool, or None when nobody is padded.
+        masks: per segment, ``(B, n)`` bool over the first n rows in the cache, those after them
+            being real; or None when nobody is padded. As wide as the cache where that is static.
         hidden: rows that the entrance dropped, padding included: what ``get_seq_length`` of the
             shortened cache lacks.
         shift: ``(B, 1)``, what position ids of the caller are ahead of compact ones; None if kept.
-        served: a session has the forward under way in hand.
+        served: a session has the forward under way in hand. What follows is of that forward only:
+            decoding has no frame of its own, which torch.compile could not trace.
+        given: the attention mask that its caller gave.
+        now: per segment, the attention mask of its layers.
+        hooks: those it needs because the cache was filled under another recipe.
     """
 
     cuts: tuple[int, ...]
@@ -51,10 +57,20 @@ class Request:
     hidden: int = 0
     shift: Tensor | None = None
     served: bool = False
+    given: Any = None
+    now: list[Any] | None = None
+    hooks: list[Any] = field(default_factory=list)
+
+    def leave(self) -> None:
+        """The forward is over."""
+        for handle in self.hooks:
+            handle.remove()
+        self.served, self.given, self.now, self.hooks = False, None, None, []
 
     def live_on(self, cache: Cache) -> None:
         """Put this on the cache that later forwards will bring."""
         vars(cache)["foveate_request"] = self
+        vars(cache)["reset"] = _Reset(cache)
         vars(cache)["update"] = _Served(cache)
         if self.hidden:
             vars(cache)["get_seq_length"] = _SeenLength(cache, self)
@@ -88,8 +104,7 @@ class _Served:
     def __call__(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **more: Any
     ) -> Any:
-        served = cast(Request, vars(self._cache)["foveate_request"]).served
-        if layer_idx == 0 and not served and request_of(self._cache) is not None:
+        if layer_idx == 0 and not cast(Request, request_of(self._cache)).served:
             raise ValueError(
                 "This cache was filled by a reduced prompt and the model has no recipe attached. "
                 "Go on inside foveate.reduced(model, recipe), with keep=1.0 to reduce nothing "
@@ -98,29 +113,76 @@ class _Served:
         return type(self._cache).update(self._cache, keys, values, layer_idx, *args, **more)
 
 
+class _Reset:
+    """``cache.reset`` of a cache that holds a reduced prompt: what is known of it goes, too."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def __call__(self) -> None:
+        for name in ("foveate_request", "get_seq_length", "reset", "update"):
+            vars(self._cache).pop(name, None)
+        self._cache.reset()
+
+
 def request_of(cache: Any) -> Request | None:
-    """The request that lives on a cache, unless the cache was emptied since."""
-    request = cast("Request | None", getattr(cache, "foveate_request", None))
-    if request is None or not int(cache.layers[0].get_seq_length()):
-        return None
-    return request
+    """The request that lives on a cache."""
+    return cast("Request | None", getattr(cache, "foveate_request", None))
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What the host knows of a prompt's rows, each ``(B, L)`` bool on the CPU.
+    """Which rows of a prompt are what, and what the host knows of it.
 
-    One copy from the device when the prompt arrives; everything later is counted from it.
+    Attributes:
+        valid: ``(B, L)`` bool, or None when nobody is padded.
+        vision: ``(B, L)`` bool.
+        lengths, counts: per sample, real rows and vision rows.
+        instruction: per sample, the text rows after the last vision token.
+        flush: whether no sample has padding after a real row.
     """
 
-    valid: Tensor
+    valid: Tensor | None
     vision: Tensor
+    lengths: list[int]
+    counts: list[int]
+    instruction: list[int]
+    flush: bool
 
     @property
-    def instruction(self) -> list[int]:
-        """Text rows after each sample's last vision token."""
-        after = self.vision.flip(-1).long().cumsum(-1).flip(-1) == 0
-        return [int(n) for n in (after & self.valid).sum(-1)]
+    def rows(self) -> int:
+        """L, padding included."""
+        return self.vision.shape[1]
+
+    @classmethod
+    def read(
+        cls, valid: Tensor | None, vision: Tensor, more: Sequence[Tensor] = ()
+    ) -> tuple[Flags, list[list[int]]]:
+        """Count on the device and read all counts at once: the only read of a prompt.
+
+        Args:
+            valid: ``(B, L)`` bool, or None for a prompt without padding.
+            vision: ``(B, L)`` bool, placeholders.
+            more: other ``(B, L)`` bool to be counted.
+
+        Returns:
+            The flags, and the counts of ``more`` sample by sample.
+        """
+        batch, length = vision.shape
+        place = torch.arange(length, device=vision.device)
+        if valid is not None:
+            valid = valid.to(vision.device)
+            vision = vision & valid
+        after = place > torch.where(vision, place, -1).amax(-1, keepdim=True)
+        wanted = [vision, after, *more]
+        if valid is not None:
+            wanted[1] = after & valid
+            wanted += [valid, nn.functional.pad(valid[:, :-1] & ~valid[:, 1:], (1, 0))]
+        counts, instruction, *counted = torch.stack(wanted).sum(-1).tolist()
+        lengths, late = counted[len(more) :] or ([length] * batch, [0])
+        valid = None if min(lengths) == length else valid
+        flags = cls(valid, vision, lengths, counts, instruction, not any(late))
+        return flags, counted[: len(more)]
 
 
 @dataclass(frozen=True)
@@ -172,10 +234,11 @@ class Pass:
     Attributes:
         rows: rows now, padding included.
         valid: ``(B, rows)`` bool on the device, or None when nobody is padded.
-        text: ``(B, rows)`` bool, text rows.
-        vision: ``(B, rows)`` bool, vision rows.
+        vision: ``(B, rows)`` bool, vision rows; before the first cut.
         place: ``(B, rows)``, each row's position in the prompt as it came.
         lengths, alive, original: per sample, real rows, vision rows, and vision rows at first.
+        at: ``(B, most alive)``, the vision rows in order, ``rows`` where there are no more; from
+            the first cut on.
         segment: what the layers of this segment get instead of the model's own arguments.
         blocks: ``(B, rows)``, rows of one number see each other, those of -1 only rows before; None
             when the model is causal throughout.
@@ -192,20 +255,20 @@ class Pass:
     device: torch.device
     rows: int
     valid: Tensor | None
-    text: Tensor
     vision: Tensor
     place: Tensor
     lengths: list[int]
     alive: list[int]
     original: list[int]
     instruction: list[int]
-    past: list[Any]
+    past: list[int]
     old: Request | None
     old_masks: list[Tensor | None]
     flush: bool
     embeds: Tensor
     entered: Tensor
     hidden: int = 0
+    at: Tensor | None = None
     gone: list[int] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
     seen: dict[int, Seen] = field(default_factory=dict)
@@ -228,7 +291,7 @@ class Pass:
         config: Any,
         cache: Cache | None,
         flags: Flags,
-        past: list[Any],
+        past: list[int],
         old: Request | None,
         old_masks: list[Tensor | None],
         kwargs: Mapping[str, Any],
@@ -238,10 +301,9 @@ class Pass:
         embeds: Tensor = kwargs["inputs_embeds"]
         device, (batch, length) = embeds.device, embeds.shape[:2]
         vision = flags.vision.to(device, non_blocking=True)
-        valid = None if bool(flags.valid.all()) else flags.valid.to(device, non_blocking=True)
-        counts, lengths = flags.vision.sum(-1).tolist(), flags.valid.sum(-1).tolist()
-        report.vision.extend(counts)
-        report.dense_rows.extend(lengths)
+        valid = None if flags.valid is None else flags.valid.to(device, non_blocking=True)
+        report.vision.extend(flags.counts)
+        report.dense_rows.extend(flags.lengths)
         return cls(
             recipe=recipe,
             report=report,
@@ -250,33 +312,28 @@ class Pass:
             device=device,
             rows=length,
             valid=valid,
-            text=~vision if valid is None else valid & ~vision,
             vision=vision,
             place=torch.arange(length, device=device).expand(batch, -1),
-            lengths=lengths,
-            alive=counts,
-            original=list(counts),
+            lengths=flags.lengths,
+            alive=flags.counts,
+            original=flags.counts,
             instruction=flags.instruction,
             past=past,
             old=old,
             old_masks=old_masks,
             blocks=None if blocks is None else blocks[:, -length:].to(device),
-            flush=bool((flags.valid.int().diff(dim=-1) >= 0).all()),
+            flush=flags.flush,
             embeds=embeds,
             entered=vision,
         )
 
     def enter(
-        self, kwargs: dict[str, Any], stay: Tensor, alive: list[int], compact: bool
+        self, kwargs: dict[str, Any], stay: Tensor | None, alive: list[int], compact: bool
     ) -> dict[str, Any]:
         """Boundary 0: the text model's arguments with only the rows of ``stay`` (B, rows)."""
-        before, real, positions = (
-            list(self.alive),
-            self.text | self.vision,
-            kwargs.get("position_ids"),
-        )
+        before, real, positions = self.alive, self.valid, kwargs.get("position_ids")
         embeds: Tensor = kwargs["inputs_embeds"]
-        later = self.old is not None or bool(int(self.past[0]))
+        later = self.old is not None or bool(self.past[0])
         if alive == before and self.flush:
             if not later:
                 self.keys(0)
@@ -284,7 +341,7 @@ class Pass:
             positions = shifted(positions, self.old, kwargs)
         else:
             self.hidden = self.rows
-            order = self.drop(stay, alive)
+            order = self._enter(stay, alive)
             self.hidden -= self.rows
             embeds = take(embeds, order)
             if self.valid is not None:  # padding now stands on dropped rows, and those are NaN
@@ -305,18 +362,28 @@ class Pass:
             "attention_mask": mask,
         }
 
+    def _enter(self, stay: Tensor | None, alive: list[int]) -> Tensor:
+        """Leave only the real rows of ``stay``: the old row of every new one."""
+        if self.valid is not None:
+            stay = self.valid if stay is None else stay & self.valid
+        order, _ = self.drop(cast(Tensor, stay), alive)
+        vision = self.vision.gather(1, order)
+        self.vision = vision if self.valid is None else vision & self.valid
+        return order
+
     def _numbers(self) -> Tensor:
         """0, 1, 2, … over the real rows of each sample, (B, rows)."""
         if self.valid is None:
             return torch.arange(self.rows, device=self.device).expand(len(self.lengths), -1)
         return (self.valid.long().cumsum(-1) - 1).clamp(min=0)
 
-    def _numbered_from(self, positions: Tensor | None, real: Tensor) -> Tensor | None:
+    def _numbered_from(self, positions: Tensor | None, real: Tensor | None) -> Tensor | None:
         """Compact position ids that start where the caller's do; ``real`` are the rows it had."""
         if positions is None:
             return None
-        far = torch.iinfo(positions.dtype).max
-        return self._numbers() + positions.masked_fill(~real, far).amin(-1, keepdim=True)
+        if real is not None:
+            positions = positions.masked_fill(~real, torch.iinfo(positions.dtype).max)
+        return self._numbers() + positions.amin(-1, keepdim=True)
 
     def _gathered(self, positions: Tensor, order: Tensor) -> Tensor:
         """Position ids ``(…, B, rows)`` of the rows left, as they were."""
@@ -326,25 +393,30 @@ class Pass:
             kept[0] = self._numbers()
         return kept[0] if positions.ndim == 2 else kept
 
-    def drop(self, keep: Tensor, alive: Sequence[int]) -> Tensor:
-        """Leave only the rows of ``keep`` (B, rows) bool; ``alive`` are the vision rows then left.
+    def drop(self, stay: Tensor, alive: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Leave only the rows of ``stay`` (B, rows) bool; ``alive`` are the vision rows then left.
 
         Returns:
-            ``(B, new rows)``, the old row of every new one.
+            ``(B, new rows)``, the old row of every new one; and ``(B, rows)``, the new row of every
+            old one that stays.
         """
         lengths = [n - a + b for n, a, b in zip(self.lengths, self.alive, alive, strict=True)]
         width = max(lengths)
-        order = keep.to(torch.uint8).argsort(dim=-1, stable=True)[:, self.rows - width :]
-        self.text, self.vision = self.text.gather(1, order), self.vision.gather(1, order)
+        number = stay.cumsum(-1)
+        wanted = torch.arange(1, width + 1, device=self.device).expand(len(lengths), -1)
+        if min(lengths) < width:
+            padding = on(self.device, [width - n for n in lengths])[:, None]
+            number = number + padding
+            self.valid = wanted > padding
+        else:
+            self.valid = None
+        # The rows that stay are numbered in their order, so finding a number finds the row; numbers
+        # of padding are found nowhere and give row 0.
+        order = torch.searchsorted(number, wanted.contiguous())
         self.place = self.place.gather(1, order)
         self.blocks = None if self.blocks is None else self.blocks.gather(1, order)
-        self.valid = None
-        if min(lengths) < width:
-            padding = torch.tensor([width - n for n in lengths]).to(self.device, non_blocking=True)
-            self.valid = torch.arange(width, device=self.device) >= padding[:, None]
-            self.text, self.vision = self.text & self.valid, self.vision & self.valid
         self.rows, self.lengths, self.alive = width, lengths, list(alive)
-        return order
+        return order, number - 1
 
     def record(self, layers: int) -> None:
         """Write the rows of the next ``layers`` layers into the report."""
@@ -362,11 +434,11 @@ class Pass:
 
     def keys(self, part: int) -> Tensor | None:
         """The key mask of segment ``part``, kept for the request."""
-        past, batch = self.past[part], len(self.lengths)
-        self.masks.append(
-            joined(self.old_masks[part], self.valid, past, self.rows, batch, self.device)
-        )
-        return self.masks[-1]
+        mask = joined(self.old_masks[part], self.valid, self.past[part])
+        if mask is not None and (width := fixed_length(self.cache)):
+            mask = reaching(mask, width)
+        self.masks.append(mask)
+        return mask
 
     def mask(self, keys: Tensor | None, part: int, like: Tensor) -> Any:
         """The ready mask of segment ``part``, whose key mask is ``keys``."""
@@ -397,23 +469,27 @@ class Pass:
     def tokens(self, hidden: Tensor, layer: int) -> Tokens:
         """The vision tokens before ``layer``, with what layer - 1 attended to."""
         width = max(self.alive)
-        at = (~self.vision).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
-        valid = self.vision.gather(1, at)
+        slots = torch.arange(1, width + 1, device=self.device).expand(len(self.alive), -1)
+        if self.at is None:
+            self.at = torch.searchsorted(self.vision.cumsum(-1), slots.contiguous())
+        at, valid = self.at, slots > 0
+        if min(self.alive) < width:
+            valid = slots <= on(self.device, self.alive)[:, None]
+            at = at.masked_fill(~valid, 0)
         seen = self.seen.pop(layer - 1, None)
         x = take(hidden, at)
         if seen is None:
             return Tokens(x=x, valid=valid)
         if self.blocks is not None and _BOTH_WAYS not in self.report.notes:
             self.report.notes.append(_BOTH_WAYS)
-        every = torch.ones_like(self.text) if self.valid is None else self.valid
-        last = int(self.past[segment(self.cuts, layer - 1)])
+        last = self.past[segment(self.cuts, layer - 1)]
         return Tokens(
             x=x,
             valid=valid,
             q=seen.q,
             k=seen.k[:, :, last : last + self.rows],
-            at=at.masked_fill(~valid, 0),
-            rows=every,
+            at=at,
+            rows=self.valid,
             scale=seen.scale,
             causal=True,
             instruction=tuple(self.instruction),
@@ -422,6 +498,7 @@ class Pass:
             entered=self.entered,
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def cut(self, hidden: Tensor, layer: int) -> Tensor:
         """Reduce ``hidden`` (B, rows, D) to what the schedule says for ``layer``."""
         schedule, method = self.recipe.schedule, cast(Reducer, self.recipe.layers)
@@ -440,17 +517,26 @@ class Pass:
         return hidden
 
     def _leave(self, hidden: Tensor, made: Reduction, wanted: list[int]) -> Tensor:
-        at = (~self.vision).to(torch.uint8).argsort(dim=-1, stable=True)
+        batch, beyond = len(wanted), self.rows
+        at, ragged = cast(Tensor, self.at), min(self.alive) < max(self.alive)
         kept = at.gather(1, made.keep)
-        if min(wanted) < max(wanted):  # ragged: padding of `keep` points past the end
-            over = torch.arange(kept.shape[1]) >= torch.tensor(wanted)[:, None]
-            kept = kept.masked_fill(over.to(self.device, non_blocking=True), self.rows)
+        if min(wanted) < max(wanted):  # padding of `keep` goes to a row past the end
+            ragged = True
+            over = (
+                torch.arange(kept.shape[1], device=self.device) >= on(self.device, wanted)[:, None]
+            )
+            kept = kept.masked_fill(over, beyond)
         if made.x is not None:
-            spot = kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-            wide = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
-            hidden = wide.scatter(1, spot, made.x.to(hidden.dtype))[:, : self.rows]
-        stay = nn_pad(self.text).scatter(1, kept, True)[:, : self.rows]
-        order = self.drop(stay, wanted)
+            hidden = written(hidden, kept, made.x.to(hidden.dtype), ragged)
+        stay = torch.ones(batch, beyond + ragged, dtype=torch.bool, device=self.device)
+        if self.valid is not None:
+            stay[:, :beyond] = self.valid
+        stay.scatter_(1, at, False).scatter_(1, kept, True)
+        order, now = self.drop(stay[:, :beyond], wanted)
+        kept = kept.sort(dim=-1).values
+        if ragged:
+            now = nn.functional.pad(now, (0, 1), value=self.rows)
+        self.at = now.gather(1, kept)
         self.order = order if self.order is None else self.order.gather(1, order)
         self.tables = {}
         # Layers use position ids only to find packed sequences; gaps would look like some.
@@ -463,25 +549,31 @@ class Pass:
         old_shift = self.old.shift if self.old else None
         shift = old_shift
         if any(self.gone):
-            gone = torch.tensor(self.gone, device=self.device)[:, None]
+            gone = on(self.device, self.gone)[:, None]
             shift = gone if old_shift is None else gone + old_shift
         return Request(self.cuts, self.masks, old_hidden + self.hidden, shift)
 
 
-def nn_pad(flags: Tensor) -> Tensor:
-    """``(B, L)`` with one more column of False, where writes to nowhere go."""
-    return nn.functional.pad(flags, (0, 1))
+def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """Numbers of the host on a device, without waiting for it: (n,) long."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
 
 def take(rows: Tensor, order: Tensor) -> Tensor:
     """Rows ``order`` (B, K) of ``rows`` (B or 1, L, …): one gather."""
-    batch, length = order.shape[0], rows.shape[1]
-    if batch == 1:
+    if order.shape[0] == 1:
         return rows.index_select(1, order[0])
-    start = torch.arange(batch, device=order.device)[:, None] * length
-    flat = order if rows.shape[0] == 1 else order + start
-    taken = rows.flatten(0, 1).index_select(0, flat.flatten())
+    numbers = order.flatten() if rows.shape[0] == 1 else flat(order, rows.shape[1])
+    taken = rows.flatten(0, 1).index_select(0, numbers)
     return taken.view(*order.shape, *rows.shape[2:])
+
+
+def written(rows: Tensor, at: Tensor, x: Tensor, beyond: bool) -> Tensor:
+    """``rows`` (B, L, D) with ``x`` (B, K, D) in the places ``at``; to place L goes nothing."""
+    length = rows.shape[1]
+    if beyond:
+        rows = nn.functional.pad(rows, (0, 0, 0, 1))
+    return rows.scatter(1, at.unsqueeze(-1).expand_as(x), x)[:, :length]
 
 
 def boundaries(recipe: Recipe, old: Request | None) -> tuple[int, ...]:
@@ -509,17 +601,19 @@ def apply(
     keep = torch.zeros(len(alive), max(wanted), dtype=torch.long, device=tokens.x.device)
     x: Tensor | None = None
     for (size, budget), members in parts.items():
-        made = method.reduce(_members(tokens, members, size), [budget] * len(members))
-        keep[members, :budget] = made.keep
+        some = on(keep.device, members)
+        made = method.reduce(_members(tokens, members, some, size), [budget] * len(members))
+        keep[:, :budget] = keep[:, :budget].index_copy(0, some, made.keep)
         if made.x is not None:
             x = tokens.x.new_zeros(*keep.shape, tokens.x.shape[-1]) if x is None else x
-            x = x.index_put((torch.tensor(members)[:, None], torch.arange(budget)), made.x)
+            wide = nn.functional.pad(made.x, (0, 0, 0, keep.shape[1] - budget))
+            x = x.index_copy(0, some, wide)
     return Reduction(keep=keep, count=torch.tensor(list(wanted)), x=x)
 
 
-def _members(tokens: Tokens, members: Sequence[int], size: int) -> Tokens:
+def _members(tokens: Tokens, members: Sequence[int], index: Tensor, size: int) -> Tokens:
     def some(rows: Tensor | None, width: int | None = None) -> Tensor | None:
-        return None if rows is None else rows[list(members)][:, :width]
+        return None if rows is None else rows.index_select(0, index)[:, :width]
 
     return Tokens(
         x=cast(Tensor, some(tokens.x, size)),
@@ -537,18 +631,27 @@ def _members(tokens: Tokens, members: Sequence[int], size: int) -> Tokens:
     )
 
 
-def joined(
-    old: Tensor | None, new: Tensor | None, past: Any, rows: int, batch: int, device: torch.device
-) -> Tensor | None:
-    """Key mask ``(B, past + rows)`` of a segment, or None when nobody is padded."""
-    if old is None and new is None:
-        return None
-    past = int(past)
-    before = (
-        torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old[:, :past]
-    )
-    now = torch.ones(batch, rows, dtype=torch.bool, device=device) if new is None else new
-    return torch.cat([before, now], dim=-1)
+def reaching(mask: Tensor, length: int) -> Tensor:
+    """A key mask ``(B, n)`` for ``length`` rows, of which those from n on are real."""
+    if mask.shape[1] == length:
+        return mask
+    return nn.functional.pad(mask, (0, length - mask.shape[1]), value=True)
+
+
+def joined(old: Tensor | None, new: Tensor | None, past: Any) -> Tensor | None:
+    """Key mask of ``past`` rows in the cache and new ones; None when nobody is padded."""
+    if old is not None and isinstance(past, int) and past < old.shape[1]:
+        old = old[:, :past]  # the cache was cropped, or is static
+    if new is None:
+        return old
+    before = new.new_ones(new.shape[0], 0) if old is None else old
+    return torch.cat([reaching(before, int(past)), new], dim=-1)
+
+
+def fixed_length(cache: Any) -> int:
+    """Rows that a static cache has room for; 0 for one that grows, or none."""
+    static = cache is not None and cache.is_compileable
+    return int(cache.get_max_length(0)) if static else 0
 
 
 def causal_mask(
@@ -561,16 +664,16 @@ def causal_mask(
     like: Tensor,
     blocks: Tensor | None = None,
 ) -> Any:
-    """A causal mask for ``rows`` new rows after ``past`` cached ones, ``keys`` (B, past + rows).
+    """A causal mask for ``rows`` new rows after ``past`` cached ones, ``keys`` as in a request.
 
     As ``create_causal_mask`` makes it, but sized by the segment instead of by layer 0. New rows of
-    one number in ``blocks`` (B, rows) see each other; -1 is none.
+    one number in ``blocks`` (B, rows) see each other; -1 is none. It is told what it would
+    otherwise read from the device: whether anybody is padded.
     """
-    static = cache is not None and cache.is_compileable
-    length = cache.get_max_length(0) if static else past + rows
+    length = fixed_length(cache) or past + rows
     seen = causal_mask_function
     if blocks is not None:
-        around = (int(past), int(length) - int(past) - rows)
+        around = (past, length - past - rows)
         seen = or_masks(seen, blockwise_overlay(nn.functional.pad(blocks, around, value=-1)))
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
         batch_size=batch,
@@ -579,8 +682,8 @@ def causal_mask(
         q_offset=past,
         kv_offset=0,
         mask_function=seen,
-        attention_mask=keys,
-        allow_is_causal_skip=blocks is None and not (static and rows == 1),
+        attention_mask=None if keys is None else reaching(keys, length),
+        allow_is_causal_skip=keys is None and blocks is None and isinstance(past, int),
         dtype=like.dtype,
         config=config,
         use_vmap=False,

@@ -47,7 +47,7 @@ class Tokens:
         q: queries of the attention just crossed, ``(B, H, L, d)``, after RoPE, not scaled; or None.
         k: its keys, ``(B, Hkv, L, d)`` with Hkv dividing H; or None.
         at: ``(B, N)`` long, the row of L on which each token sits; padding points at row 0.
-        rows: ``(B, L)`` bool, which rows are real (not padding).
+        rows: ``(B, L)`` bool, which rows are real (not padding); or None when all are.
         scale: the attention's scaling of q·k.
         causal: whether row i saw only rows up to i.
         cls: the row of L that holds the vision encoder's [CLS], or None where there is none.
@@ -124,7 +124,7 @@ class Reducer(ABC):
             ``Tokens.middle``.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "a method without a name"
     site: ClassVar[str] = "tokens"
     needs_attention: ClassVar[bool] = False
     encoder: ClassVar[str] = "last"

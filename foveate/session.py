@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -40,7 +40,7 @@ from foveate.prompt import (
 from foveate.recipe import Recipe
 from foveate.reducer import Reducer
 from foveate.report import Report
-from foveate.watch import Watch
+from foveate.watch import Watch, check_attention
 
 _INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _TEXT_INPUTS = {
@@ -111,19 +111,26 @@ def _inner(model: nn.Module) -> nn.Module:
     return model if base is None else cast(nn.Module, base())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Frame:
-    """One forward of the multimodal model: what its parts tell each other."""
+    """One forward that brings images: what the model's parts tell each other.
+
+    Attributes:
+        flags: the rows of the prompt, or None when no vision token is among them.
+        slots: per modality, the placeholders of each sample.
+        kept: per modality, (slots, survivors) of each item; None where only counting tells.
+        mask: the attention mask that the caller gave.
+        blocks: rows that see each other whatever their order; see :meth:`Adapter.blocks`.
+        old: what is known of the cache that came, where it holds a reduced prompt.
+    """
 
     flags: Flags | None = None
-    where: dict[str, Tensor] = field(default_factory=dict)
+    slots: dict[str, list[int]] = field(default_factory=dict)
     kept: dict[str, list[tuple[int, int]] | None] = field(default_factory=dict)
     rows: Pass | None = None
-    masks: list[Any] | None = None
     mask: Any = None
     blocks: Tensor | None = None
     old: Request | None = None
-    hooks: list[Any] = field(default_factory=list)
 
 
 class Session:
@@ -138,10 +145,14 @@ class Session:
         self.recipe._check_reducers()
         self.report = Report(self.shape)
         self._frame: ContextVar[_Frame | None] = ContextVar("foveate_frame", default=None)
+        # Empty while no forward brings images. torch.compile cannot trace a ContextVar, and so
+        # decoding, which needs no frame, does not ask for one.
+        self._frames: set[_Frame] = set()
         self._left: ContextVar[Left | None] = ContextVar("foveate_left", default=None)
         self._undo: list[Callable[[], None]] = []
         self._entrance: Entrance | None = None
-        self._reducing = bool(self.recipe.schedule.cuts())
+        self._cuts = self.recipe.schedule.cuts()
+        self._reducing = bool(self._cuts)
         self._guess = ""
         if self.adapter.guessed:
             self._guess = (
@@ -171,19 +182,21 @@ class Session:
             self._undo.append(self._entrance.remove)
             if cast(Any, self.recipe.entrance).needs_attention:
                 watched += self._entrance.watched(self._eyes())
+        if self._reducing:
+            check_attention(cast(Any, text.config)._attn_implementation)
         layers = list(cast(nn.ModuleList, text.layers))
-        if schedule.cuts() and cast(Any, self.recipe.layers).needs_attention:
+        if self._cuts and cast(Any, self.recipe.layers).needs_attention:
             watched += [
                 (cast(nn.Module, layers[cut - 1].self_attn), partial(self._show, cut - 1))
-                for cut in schedule.cuts()
+                for cut in self._cuts
             ]
         self._undo.append(Watch(watched).remove)
         self._hook(self.model.register_forward_pre_hook(self._refuse_rows, with_kwargs=True))
         self._hook(base.register_forward_pre_hook(self._enter, with_kwargs=True))
-        self._hook(base.register_forward_hook(self._leave, always_call=True))
+        self._hook(base.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
         self._hook(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._hook(text.register_forward_hook(self._after_text))
-        self._undo += [handle.remove for handle in self._at_layers(schedule.cuts()[:1])]
+        self._undo += [handle.remove for handle in self._at_layers(self._cuts[:1])]
         if self.adapter.deepstack:
             for index, layer in enumerate(layers):
                 self._hook(layer.register_forward_hook(partial(self._after_layer, index)))
@@ -284,59 +297,79 @@ class Session:
 
     # One forward of the multimodal model
 
+    def _now(self) -> _Frame | None:
+        """The frame of this thread's forward, if it brings images."""
+        return self._frame.get() if self._frames else None
+
     def _encoded(self, modality: str, sizes: list[tuple[int, int]]) -> None:
-        if (frame := self._frame.get()) is not None:  # a second call: only counting tells whose
+        if (frame := self._now()) is not None:  # a second call: only counting tells whose
             frame.kept[modality] = None if modality in frame.kept else sizes
 
     def _show(self, layer: int, seen: Seen) -> None:
-        frame = self._frame.get()
+        frame = self._now()
         if frame is not None and frame.rows is not None:
             frame.rows.seen[layer] = seen
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frame = _Frame()
-        self._frame.set(frame)
+        if not torch.compiler.is_compiling():
+            self._left.set(None)
+        old = request_of(kwargs.get("past_key_values"))
+        if old is not None:
+            old.served, old.given = True, kwargs.get("attention_mask")
         outputs = kwargs.get("mm_encoder_outputs") or {}
-        frame.mask = kwargs.get("attention_mask")
         given = [m for m, name in _INPUTS.items() if kwargs.get(name) is not None or outputs.get(m)]
-        if not given:
-            return
-        ids = args[0] if args else kwargs.get("input_ids")
+        if given:
+            self._begin(args[0] if args else kwargs.get("input_ids"), given, outputs, old, kwargs)
+
+    # torch.compile leaves what only a prompt needs alone: it would make a graph of every prompt.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(
+        self,
+        ids: Tensor | None,
+        given: list[str],
+        outputs: Mapping[str, Any],
+        old: Request | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """A forward that brings images."""
         if ids is None:
             raise ValueError(
                 "inputs_embeds were given without input_ids, and foveate cannot tell which of "
                 "their rows are vision tokens. Pass input_ids and pixel_values."
             )
+        frame = _Frame(
+            mask=kwargs.get("attention_mask"), blocks=self.adapter.blocks(kwargs), old=old
+        )
+        self._frame.set(frame)
+        self._frames.add(frame)
         self._read(frame, ids, given, kwargs)
-        frame.blocks = self.adapter.blocks(kwargs)
         for modality in given:
             if self._entrance is not None and outputs.get(modality):
                 frame.kept[modality] = self._entrance.kept(outputs[modality].pooler_output)
 
     def _read(self, frame: _Frame, ids: Tensor, given: list[str], kwargs: dict[str, Any]) -> None:
-        """Which rows are vision and which padding, on the host: the one copy from the device."""
+        """Which rows are vision and which padding, and how many: the one read from the device."""
         numbers = self.adapter.placeholders(self.model)
         where = {modality: ids == numbers[modality] for modality in given}
         past = int(self._past(kwargs.get("past_key_values"), ())[0])
         valid = two_d(kwargs.get("attention_mask"), ids.shape[1], past)
-        rows = [torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, *where.values()]
-        host = torch.stack([row.to(ids.device) for row in rows]).cpu()
-        frame.where = dict(zip(where, host[1:], strict=True))
-        vision = host[1:].any(0) & host[0]
-        if bool(vision.any()):
-            frame.flags = Flags(host[0], vision)
+        vision = reduce(torch.logical_or, where.values())
+        flags, slots = Flags.read(valid, vision, list(where.values()))
+        frame.slots = dict(zip(where, slots, strict=True))
+        if any(flags.counts):
+            frame.flags = flags
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        frame, left = self._frame.get(), None
-        if frame is not None and frame.rows is not None and frame.flags is not None:
-            left = Left(frame.rows.place, frame.rows.valid, frame.flags.valid.shape[1])
-        if frame is not None:
-            for handle in frame.hooks:
-                handle.remove()
-            if frame.old is not None:
-                frame.old.served = False
-        self._left.set(left)
+    def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        frame = self._now()
+        old = request_of(kwargs.get("past_key_values")) if frame is None else frame.old
+        if old is not None:
+            old.leave()
+        if frame is None:
+            return
+        if frame.rows is not None and frame.flags is not None:
+            self._left.set(Left(frame.rows.place, frame.rows.valid, frame.flags.rows))
         self._frame.set(None)
+        self._frames.discard(frame)
 
     # Training
 
@@ -358,28 +391,23 @@ class Session:
     def _before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        frame = self._frame.get()
-        if frame is None:
-            return None
+        frame = self._now()
         old = request_of(kwargs.get("past_key_values"))
-        if old is not None:
-            self._serve(frame, old)
-        if frame.flags is not None:
-            return args, self._start(frame, frame.flags, old, kwargs)
-        return None if old is None else (args, self._continue(frame, old, kwargs))
+        if old is not None and old.served and old.cuts != self._cuts:
+            self._also_cut(old)
+        if frame is not None and frame.flags is not None:
+            return args, self._start(frame, frame.flags, kwargs)
+        return None if old is None or not old.served else (args, self._continue(old, kwargs))
 
-    def _serve(self, frame: _Frame, old: Request) -> None:
-        """A cache that was reduced, under this recipe or one with cuts elsewhere."""
-        old.served, frame.old = True, old
-        own = self.recipe.schedule.cuts()
-        frame.hooks = self._at_layers(old.cuts[:1], own[0] if own else None)
+    def _also_cut(self, old: Request) -> None:
+        """A cache that was filled under a recipe with cuts elsewhere."""
+        old.hooks += self._at_layers(old.cuts[:1], next(iter(self._cuts), None))
 
-    def _start(
-        self, frame: _Frame, flags: Flags, old: Request | None, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _start(self, frame: _Frame, flags: Flags, kwargs: dict[str, Any]) -> dict[str, Any]:
         """New rows with vision tokens among them."""
-        cache = kwargs.get("past_key_values")
-        past = self._past(cache, boundaries(self.recipe, old))
+        cache, old = kwargs.get("past_key_values"), frame.old
+        past = [int(n) for n in self._past(cache, boundaries(self.recipe, old))]
         old_masks = self._old_masks(old, past, frame.mask)
         self.report.begin()
         rows = Pass.begin(
@@ -404,49 +432,46 @@ class Session:
         self._refuse_windows(past[0], rows.rows)
         if self.adapter.deepstack:
             kwargs, rows.deepstack = deepstacked(kwargs)
-        if self.recipe.schedule.cuts():
+        if self._cuts:
             self._refuse_old_checkpointing()
-        stay, alive = rows.text | rows.vision, rows.alive
-        if self._entrance is not None:
-            stay = stay & ~kwargs["inputs_embeds"][..., 0].isnan()
-            alive = self._alive(frame, stay & rows.vision)
+        stay, alive = None, rows.alive
         with self.report.clock(rows.device):
+            if self._entrance is not None:
+                stay = ~kwargs["inputs_embeds"][..., 0].isnan()
+                alive = self._alive(frame, stay, flags)
             kwargs = rows.enter(kwargs, stay, alive, self.adapter.positions == "compact")
         rows.record(next(iter(rows.cuts), self.shape.layers))
         return kwargs
 
-    def _alive(self, frame: _Frame, alive: Tensor) -> list[int]:
+    def _alive(self, frame: _Frame, stay: Tensor, flags: Flags) -> list[int]:
         """Vision rows left in each sample, from what the feature calls said, else by counting."""
-        counted = [0] * alive.shape[0]
-        for modality, where in frame.where.items():
+        counted = [0] * len(flags.counts)
+        for modality, samples in frame.slots.items():
             items = iter(frame.kept.get(modality) or ())
-            for b, slots in enumerate(where.sum(-1).tolist()):
+            for b, slots in enumerate(samples):
                 while slots > 0:
                     size, kept = next(items, (slots + 1, 0))
                     slots, counted[b] = slots - size, counted[b] + kept
                 if slots:
-                    return cast(list[int], alive.sum(-1).tolist())
+                    return cast(list[int], (stay & flags.vision.to(stay.device)).sum(-1).tolist())
         return counted
 
-    def _continue(self, frame: _Frame, old: Request, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _continue(self, old: Request, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Text after a reduced prompt: decoding, or the next turn."""
         embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
         batch, rows = embeds.shape[:2]
-        new = None
-        if rows > 1 and (valid := two_d(frame.mask, rows, 0)) is not None:
-            new = None if bool(valid.all()) else valid.to(embeds.device)
         past = self._past(cache, old.cuts)
         self._refuse_windows(past[0], rows)
-        old.masks = [
-            joined(mask, new, length, rows, batch, embeds.device)
-            for mask, length in zip(old.masks, past, strict=True)
-        ]
-        frame.masks = [
+        new = None
+        if rows > 1 and (valid := two_d(old.given, rows, 0)) is not None:
+            new = None if bool(valid.all()) else valid.to(embeds.device)
+        old.masks = [joined(mask, new, n) for mask, n in zip(old.masks, past, strict=True)]
+        old.now = [
             causal_mask(self.text.config, cache, mask, rows, length, batch, embeds)
             for mask, length in zip(old.masks, past, strict=True)
         ]
         positions = shifted(kwargs.get("position_ids"), old, kwargs)
-        return {**kwargs, "attention_mask": frame.masks[0], "position_ids": positions}
+        return {**kwargs, "attention_mask": old.now[0], "position_ids": positions}
 
     def _past(self, cache: Any, cuts: Sequence[int]) -> list[Any]:
         """Rows in the cache, per segment."""
@@ -464,25 +489,22 @@ class Session:
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        frame = self._frame.get()
-        if frame is None:
-            return None
-        if frame.masks is not None:
-            part = segment(cast(Request, frame.old).cuts, index)
-            return args, {**kwargs, "attention_mask": frame.masks[part]}
-        rows = frame.rows
-        if rows is None:
-            return None
-        if index in rows.cuts:
-            args = (rows.cut(args[0], index), *args[1:])
-        return args, rows.given(kwargs)
+        frame = self._now()
+        if frame is None or frame.rows is None:
+            old = request_of(kwargs.get("past_key_values"))
+            if old is None or old.now is None:
+                return None
+            return args, {**kwargs, "attention_mask": old.now[segment(old.cuts, index)]}
+        if index in frame.rows.cuts:
+            args = (frame.rows.cut(args[0], index), *args[1:])
+        return args, frame.rows.given(kwargs)
 
     def _after_layer(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Any:
-        frame = self._frame.get()
+        frame = self._now()
         return output if frame is None or frame.rows is None else frame.rows.stacked(output, index)
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> None:
-        frame = self._frame.get()
+        frame = self._now()
         if frame is None or frame.flags is None:
             return
         self.report.finish()

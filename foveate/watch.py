@@ -63,6 +63,22 @@ class _Plain:
         return getattr(self._module, name)
 
 
+def check_attention(implementation: str) -> None:
+    """Refuse attention implementations whose masks nobody knows how to make.
+
+    Raises:
+        ValueError: for a name that is not in transformers' mask registry; padding would be lost.
+    """
+    known = [name for name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys() if _PREFIX not in name]
+    if implementation not in known:
+        raise ValueError(
+            f"attn_implementation={implementation!r} has no mask function, so padding would be "
+            f"lost without a word. Accepted: {', '.join(sorted(known))}. Call "
+            'model.set_attn_implementation("sdpa"), or register a mask function for it with '
+            "transformers.AttentionMaskInterface.register."
+        )
+
+
 def _register(implementation: str) -> str:
     """The name of the watching twin of an attention implementation; registered once.
 

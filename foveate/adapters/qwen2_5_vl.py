@@ -60,7 +60,9 @@ class Qwen25VL(Adapter):
         def tokens(name: str) -> list[Tensor]:
             rows = torch.cat([getattr(s, name)[0] for s in seen], dim=1)  # (H, patches, d)
             pooled = rows.unflatten(1, (-1, 4)).mean(2)
-            return list(torch.split(pooled if back is None else pooled[:, back], sizes, dim=1))
+            if back is not None:
+                pooled = pooled.index_select(1, back.to(rows.device, non_blocking=True))
+            return list(torch.split(pooled, sizes, dim=1))
 
         return [
             Observed(q, k, torch.arange(q.shape[1], device=q.device), None, seen[0].scale)

@@ -86,7 +86,7 @@ def received(
         some = slice(first, first + step)
         mean = key_rows(q, k, queries[:, some], scale=scale, rows=rows, causal=causal).mean(dim=1)
         parts.append((weight[:, None, some].to(mean.dtype) @ mean).squeeze(1))
-    return torch.stack(parts).sum(dim=0)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
 
 def instruction_rows(tokens: Tokens) -> tuple[Tensor, Tensor]:

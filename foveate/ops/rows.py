@@ -25,6 +25,8 @@ def add(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
 
 def flat(index: Tensor, size: int) -> Tensor:
     """Rows ``index`` (B, K) of groups of ``size`` rows, numbered through all groups: (B·K,)."""
+    if index.shape[0] == 1:
+        return index[0]
     start = torch.arange(index.shape[0], device=index.device) * size
     return (index + start[:, None]).flatten()
 

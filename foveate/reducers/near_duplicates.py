@@ -57,11 +57,12 @@ class NearDuplicates(Reducer, name="near-duplicates"):
                 count = leads.sum(dim=-1).cpu()
             else:
                 leads, count = _novel(cosine, wanted), full(len(cosine), wanted)
-            keep = (~leads).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(count.max())]
+            width = int(count.max()) if wanted is None else wanted
+            keep = (~leads).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
             near = cosine.masked_fill(~leads[:, None], -torch.inf).argmax(dim=-1)
             near = torch.where(leads, slots(leads), near)  # also where an equal leader is earlier
             group = (leads.cumsum(dim=-1) - 1).gather(1, near)
-        of = torch.nn.functional.one_hot(group, keep.shape[1]).to(work.dtype).mT  # (B, K, N)
+        of = (group[:, None] == slots(keep)[..., None]).to(work.dtype)  # (B, K, N)
         means = of @ work / of.sum(dim=-1, keepdim=True).clamp(min=1)
         alone = (of.sum(dim=-1, keepdim=True) == 1).expand_as(means)
         x = torch.where(alone, take(work, keep), means)  # not even rounded

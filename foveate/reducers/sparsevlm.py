@@ -127,7 +127,7 @@ def _recycled(x: Tensor, kept: Tensor, best: Tensor, centre: Tensor, member: Ten
     groups, width = x.shape[0], kept.shape[1] + centre.shape[1]
     keep = torch.cat((kept, best.gather(1, centre)), dim=1)
     work = take(x, best).to(torch.promote_types(x.dtype, torch.float32))
-    of = torch.nn.functional.one_hot(member, centre.shape[1]).to(work.dtype).mT  # (B, C, m)
+    of = (member[:, None] == slots(centre)[..., None]).to(work.dtype)  # (B, C, m)
     means = (of @ work / of.sum(dim=-1, keepdim=True)).to(x.dtype)
     order = keep.argsort(dim=-1)
     place = torch.zeros_like(order).scatter(1, order, slots(order))

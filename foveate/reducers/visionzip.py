@@ -79,8 +79,8 @@ class VisionZip(Reducer, name="visionzip"):
         """The ``dominant`` slots (B, M), and ``rest`` (B, N - M) in ``merged`` tokens."""
         place, step = torch.arange(rest.shape[1]), rest.shape[1] // merged
         aimed = (place % step == 0) & (place < step * merged)  # on the CPU: the same in all groups
-        target = rest[:, place[aimed].to(rest.device, non_blocking=True)]
-        other = rest[:, place[~aimed].to(rest.device, non_blocking=True)]
+        order = aimed.to(torch.uint8).argsort(stable=True).to(rest.device, non_blocking=True)
+        other, target = rest[:, order[:-merged]], rest[:, order[-merged:]]
         with torch.no_grad():
             _, k, at = observed(self.name, tokens)
             keys = unit(take(k.mean(dim=1), at))

@@ -56,14 +56,14 @@ class _Rows(Pass):
     def tokens(self, hidden: Tensor, layer: int) -> Tokens:
         seen = super().tokens(hidden, layer)
         end = self.rows - self.answers
-        if seen.q is None or seen.k is None or seen.rows is None:
+        if seen.q is None or seen.k is None:
             return seen
         entered = self.embeds.shape[1] - self.answers
         return replace(
             seen,
             q=seen.q[:, :, :end],
             k=seen.k[:, :, :end],
-            rows=seen.rows[:, :end],
+            rows=None if seen.rows is None else seen.rows[:, :end],
             embeds=self.embeds[:, :entered],
             entered=self.entered[:, :entered],
         )
@@ -191,7 +191,7 @@ class Runner:
         """All rows; ``inputs`` are the model's arguments, ``given`` the text model's."""
         adapter, ids = family(self.model), inputs["input_ids"]
         mask = inputs["attention_mask"].bool()
-        flags = Flags(mask.cpu(), (vision_rows(self.model, ids) & mask).cpu())
+        flags, _ = Flags.read(mask, vision_rows(self.model, ids))
         config, blocks = self.text.config, adapter.blocks(inputs)
         report = Report(self.shape)
         rows = Pass.begin(recipe, report, config, None, flags, [0], None, [None], given, blocks)
