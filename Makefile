@@ -24,7 +24,8 @@ lmms: .venv-lmms/ready
 	.venv-lmms/bin/python -m pytest tests/test_lmms.py
 
 matrix: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m "" --write-matrix tests/test_contract.py tests/test_mixed.py
+	$(BIN)/python -m pytest -n 2 -m "not heavy" --write-matrix \
+		tests/test_contract.py tests/test_mixed.py tests/test_training.py
 
 check: .venv/dev
 	$(BIN)/ruff check .

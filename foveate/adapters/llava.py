@@ -29,7 +29,8 @@ class Llava(Adapter):
     def has_cls(self, model: nn.Module, call: Mapping[str, Any]) -> bool:
         """Whether the encoder's first row is [CLS], which the LLM does not get."""
         strategy = call.get("vision_feature_select_strategy")
-        return (strategy or cast(Any, model.config).vision_feature_select_strategy) == "default"
+        strategy = strategy or cast(Any, model.config).vision_feature_select_strategy
+        return bool(strategy == "default")
 
     def stride(self, model: nn.Module) -> int:
         """Side of the square of patches that becomes one token."""

@@ -52,7 +52,8 @@ class Molmo2(Adapter):
         sizes = [h * w for item in _rasters(modality, call) for h, w in item]
 
         def tokens(rows: Tensor) -> Sequence[Tensor]:  # (crops, H, patches, d)
-            return _pooled(rows.transpose(0, 1).flatten(1, 2), patches).split(sizes, dim=1)
+            pooled = _pooled(rows.transpose(0, 1).flatten(1, 2), patches)
+            return cast(Sequence[Tensor], pooled.split(sizes, dim=1))
 
         q, k = (tokens(torch.cat([getattr(s, name) for s in seen])) for name in ("q", "k"))
         return [
