@@ -106,7 +106,7 @@ class _Made:
 
 @dataclass
 class _Encoding:
-    """State of one ``get_*_features`` call; the integers of ``call`` are on the host."""
+    """State of one ``get_*_features`` call; grids and sizes of ``call`` are on the host."""
 
     modality: str
     call: dict[str, Any]
@@ -219,7 +219,7 @@ class Entrance:
                 "frames of a video. Use a method for images, such as 'pool'."
             )
         self._report.begin()
-        state = _Encoding(modality, {name: _read(value) for name, value in call.items()})
+        state = _Encoding(modality, {n: _read(n, value) for n, value in call.items()})
         token = self._state.set(state)
         try:
             if self._method.site == "pixels":
@@ -399,10 +399,10 @@ def _spread(made: _Made, items: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _read(value: Any) -> Any:
-    """Grids and sizes on the host, read before the encoder keeps the device busy."""
-    whole = isinstance(value, Tensor) and not value.is_floating_point()
-    return value.cpu() if whole else value
+def _read(name: str, value: Any) -> Any:
+    """Grids, sizes and numbers on the host, read before the encoder keeps the device busy."""
+    small = isinstance(value, Tensor) and any(part in name for part in ("grid", "size", "num"))
+    return value.cpu() if small else value
 
 
 def parted(item: Tensor, sizes: list[int]) -> Sequence[Tensor]:
