@@ -46,8 +46,10 @@ def spying(module: Any, store: dict[str, Any], *, first: bool = False):
             store.update(kwargs, args=args)
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -61,9 +63,11 @@ def blending(model: Any):
             layer.register_forward_pre_hook(partial(_came, before, index), prepend=True),
             layer.register_forward_pre_hook(partial(_left, before, made, index)),
         ]
-    yield made
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield made
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _came(before: dict[int, Tensor], index: int, _: Any, args: Any) -> None:
