@@ -12,6 +12,8 @@ from foveate import Recipe, Schedule
 from foveate.recipe import PRESETS, parse
 from foveate.reducer import discover
 
+RECIPES = Path(__file__).parent.parent / "recipes"
+
 
 def test_aim_follows_the_released_literals() -> None:
     """r[l] = max(0, 1 - 0.125·(l - 13)) from layer 14 on, and it acts on the layer after."""
@@ -154,3 +156,11 @@ def test_a_file_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         Recipe.load(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_recipes_fit_pinhole_and_say_what_they_measured(file: Path) -> None:
+    made = Recipe.load(file).resolve(30, "llava")
+    assert made.provenance["measured"]["tasks"] and made.schedule.cuts()
+    with pytest.raises(ValueError, match="30"):
+        Recipe.load(file).resolve(32, "llava")
