@@ -222,19 +222,29 @@ def _linked(row: Row) -> Text:
 
 
 def models(rows: Sequence[Row]) -> RenderableType:
-    """Families × methods; reasons stand below the table, numbered."""
-    names = sorted({name for row in rows for name in row["methods"]})
-    table = _table("families and methods, as the contract tests found them")
-    about = ("family", "model_type", "encoder", "input", "status")
-    for name in about:
-        table.add_column(name, style="cyan" if name == "family" else "")
-    for name in names:
-        table.add_column(name, justify="center", overflow="fold")
+    """Families, how many methods work on each, and which do not; numbered reasons stand below."""
+    table = _table("families, as the contract tests found them")
+    table.add_column("family", style="cyan", no_wrap=True)
+    for name in ("model_type", "encoder", "input", "methods", "but not"):
+        table.add_column(name)
     reasons: list[str] = []
     for row in rows:
-        cells = [_cell(row["methods"].get(name), reasons) for name in names]
-        table.add_row(*(row.get(name, "–") for name in about), *cells)
+        said = row["methods"]
+        works = sum(one == "works" for one in said.values())
+        count = f"{works} of {len(said)}" if said else row["status"]
+        about = (row.get(name, "–") for name in ("family", "model_type", "encoder", "input"))
+        table.add_row(*about, count, _refused(said, reasons))
     return Group(table, *(Text(f"{i}  {why}") for i, why in enumerate(reasons, start=1)))
+
+
+def _refused(methods: Mapping[str, str], reasons: list[str]) -> str:
+    """The methods that do not work, by the numbers of their reasons, which are added."""
+    found: dict[str, list[str]] = {}
+    for name, said in methods.items():
+        if said != "works":
+            found.setdefault(said, []).append(name)
+    reasons += [why for why in found if why not in reasons]
+    return "; ".join(f"{', '.join(n)} ({reasons.index(why) + 1})" for why, n in found.items())
 
 
 def scores(rows: Sequence[Row]) -> RenderableType:
@@ -246,16 +256,6 @@ def scores(rows: Sequence[Row]) -> RenderableType:
     for row in rows:
         table.add_row(*(_plain(row.get(name)) for name in names))
     return table
-
-
-def _cell(said: str | None, reasons: list[str]) -> str:
-    if said is None:
-        return "–"
-    if said == "works":
-        return "✓"
-    if said not in reasons:
-        reasons.append(said)
-    return str(reasons.index(said) + 1)
 
 
 def _plain(value: Any) -> str:
