@@ -18,7 +18,7 @@ import foveate
 from foveate import loading
 
 MATRIX = Path(foveate.__file__).parent / "matrix.json"
-FAMILIES = ("llava", "qwen2.5-vl")
+FAMILIES = ("llava",)
 METHODS = ("prumerge+", "attention")
 CELLS = ("test_contract", "test_mixed")  # where tests are of a method on a family
 
