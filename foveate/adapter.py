@@ -59,6 +59,7 @@ class Adapter(ABC):
         family: the name people use.
         model_types: the ``config.model_type`` values it serves; ``a+b`` is type a with a vision
             encoder of type b, and goes before a.
+        modalities: what it takes beside text: ``image``, ``video``.
         positions: ``compact`` when the LLM numbers the shorter prompt anew (1-D RoPE), ``keep``
             when survivors keep the place they had (M-RoPE).
         aligned: whether the projector's input rows are exactly the LLM's vision tokens, so that
@@ -72,6 +73,7 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]] = ()
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     positions: ClassVar[str] = "compact"
     aligned: ClassVar[bool] = True
     deepstack: ClassVar[bool] = False
@@ -114,21 +116,16 @@ class Adapter(ABC):
         layer = getattr(model.config, "vision_feature_layer", -1)
         if not isinstance(layer, int) or layer in (-1, 0):  # several layers, or none
             return last
-        name = next(name for name, module in model.named_modules() if module is last)
-        numbered = re.fullmatch(r"(.*)\.(\d+)\.(.*)", name)  # encoder.layers.23.self_attn
-        if numbered is None:
+        if (numbered := _numbered(model, last)) is None:
             return last
-        head, index, tail = numbered.groups()
+        name, index = numbered
         # Feature 0 are the embeddings, so feature n > 0 leaves layer n - 1.
-        place = layer - 1 if layer > 0 else int(index) + 1 + layer
-        return model.get_submodule(f"{head}.{place}.{tail}")
+        return model.get_submodule(name.format(layer - 1 if layer > 0 else index + 1 + layer))
 
     def middle_attention(self, model: nn.Module, last: nn.Module, depth: float) -> nn.Module:
         """The attention of layer ``depth · layers`` of the encoder whose last one is ``last``."""
-        name = next(name for name, module in model.named_modules() if module is last)
-        found = cast(re.Match[str], re.fullmatch(r"(.*)\.(\d+)\.(.*)", name))
-        layer = round(depth * (int(found[2]) + 1))
-        return model.get_submodule(f"{found[1]}.{layer}.{found[3]}")
+        name, index = cast(tuple[str, int], _numbered(model, last))
+        return model.get_submodule(name.format(round(depth * (index + 1))))
 
     def projector(self, model: nn.Module) -> nn.Module:
         """The module whose input are the encoder's features; used where ``aligned``."""
@@ -136,8 +133,7 @@ class Adapter(ABC):
 
     def placeholders(self, model: nn.Module) -> Mapping[str, int]:
         """The placeholder id of each modality."""
-        config = cast(Any, model.config)
-        return {"image": config.image_token_id}
+        return {name: getattr(model.config, f"{name}_token_id") for name in self.modalities}
 
     def encoders(self, model: nn.Module) -> Sequence[str]:
         """The modalities that have a ``get_*_features`` call of their own."""
@@ -253,6 +249,13 @@ def text_shape(text: nn.Module) -> TextShape:
     )
 
 
+def _numbered(model: nn.Module, part: nn.Module) -> tuple[str, int] | None:
+    """A layer's part by name with a hole for the number, and its number; None where it has none."""
+    name = next(name for name, module in model.named_modules() if module is part)
+    found = re.fullmatch(r"(.*\.)(\d+)(\..*)", name)  # encoder.layers.23.self_attn
+    return None if found is None else (f"{found[1]}{{}}{found[3]}", int(found[2]))
+
+
 def last_attention(tower: nn.Module) -> nn.Module:
     """The last attention module of a vision encoder: the one that holds its query projection."""
     owners = [m for m in tower.modules() if "q_proj" in dict(m.named_children())]
@@ -275,7 +278,8 @@ def whole_images(seen: Sequence[Seen], *, has_cls: bool, stride: int = 1) -> lis
     def tokens(rows: Tensor) -> Tensor:  # (B, H, [CLS] + patches, d)
         if stride == 1:
             return rows
-        return torch.cat([rows[:, :, :first], _averaged(rows[:, :, first:], stride)], dim=2)
+        patches, side = rows[:, :, first:], math.isqrt(rows.shape[2] - first)
+        return torch.cat([rows[:, :, :first], averaged(patches, (side, side), stride)], dim=2)
 
     found = []
     for s in seen:
@@ -286,11 +290,16 @@ def whole_images(seen: Sequence[Seen], *, has_cls: bool, stride: int = 1) -> lis
     return found
 
 
-def _averaged(rows: Tensor, stride: int) -> Tensor:
-    """Square rasters ``(B, H, patches, d)`` to the means of their squares ``(B, H, tokens, d)``."""
-    side = math.isqrt(rows.shape[2])
-    squares = rows.unflatten(2, (side, side)).unfold(2, stride, stride).unfold(3, stride, stride)
-    return cast(Tensor, squares.mean((-2, -1)).flatten(2, 3))
+def averaged(rows: Tensor, grid: Grid, stride: int) -> Tensor:
+    """Rasters ``(…, patches, d)`` to the means of whole squares, ``(…, tokens, d)``."""
+    squares = rows.unflatten(-2, grid).unfold(-3, stride, stride).unfold(-3, stride, stride)
+    return cast(Tensor, squares.mean((-2, -1)).flatten(-3, -2))
+
+
+def select_strategy(model: nn.Module, call: Mapping[str, Any]) -> str:
+    """``default`` drops the encoder's first row, [CLS]; ``full`` says that there is none."""
+    given = call.get("vision_feature_select_strategy")
+    return cast(str, given or cast(Any, model.config).vision_feature_select_strategy)
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:

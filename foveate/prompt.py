@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 )
 
 from foveate.adapter import Seen
-from foveate.ops.rows import flat
+from foveate.ops.rows import take
 from foveate.recipe import Recipe
 from foveate.reducer import Reducer, Reduction, Tokens
 from foveate.report import Report
@@ -557,15 +557,6 @@ class Pass:
 def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
     """Numbers of the host on a device, without waiting for it: (n,) long."""
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
-
-
-def take(rows: Tensor, order: Tensor) -> Tensor:
-    """Rows ``order`` (B, K) of ``rows`` (B or 1, L, …): one gather."""
-    if order.shape[0] == 1:
-        return rows.index_select(1, order[0])
-    numbers = order.flatten() if rows.shape[0] == 1 else flat(order, rows.shape[1])
-    taken = rows.flatten(0, 1).index_select(0, numbers)
-    return taken.view(*order.shape, *rows.shape[2:])
 
 
 def written(rows: Tensor, at: Tensor, x: Tensor, beyond: bool) -> Tensor:

@@ -32,7 +32,6 @@ from foveate.bench import (
     Settings,
     Stopwatch,
     bench,
-    elapsed,
     run,
     sheet,
     stopwatch,
@@ -42,6 +41,7 @@ from foveate.bench.run import attention_flops
 from foveate.bench.verdicts import beside, break_even_output, break_even_prompt
 from foveate.reducers.fastv import FastV
 from foveate.reducers.random import Random
+from foveate.report import elapsed
 from foveate.shapes import Prompt, inputs, text_only
 
 TIMES = ("vision_ms", "prefill_ms", "reduce_ms", "ttft_ms", "decode_ms")

@@ -13,7 +13,16 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from foveate.adapter import Adapter, Observed, Seen, Shrink, Shrunk, resized, whole_images
+from foveate.adapter import (
+    Adapter,
+    Observed,
+    Seen,
+    Shrink,
+    Shrunk,
+    resized,
+    select_strategy,
+    whole_images,
+)
 
 
 class Llava(Adapter):
@@ -28,9 +37,7 @@ class Llava(Adapter):
 
     def has_cls(self, model: nn.Module, call: Mapping[str, Any]) -> bool:
         """Whether the encoder's first row is [CLS], which the LLM does not get."""
-        strategy = call.get("vision_feature_select_strategy")
-        strategy = strategy or cast(Any, model.config).vision_feature_select_strategy
-        return bool(strategy == "default")
+        return select_strategy(model, call) == "default"
 
     def stride(self, model: nn.Module) -> int:
         """Side of the square of patches that becomes one token."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.adapter import Adapter, Grid, Observed, Seen
+from foveate.adapter import Adapter, Grid, Observed, Seen, select_strategy
 
 
 class LlavaNext(Adapter):
@@ -36,16 +36,11 @@ class LlavaNext(Adapter):
     def observe(
         self, model: nn.Module, modality: str, call: Mapping[str, Any], seen: Sequence[Seen]
     ) -> list[Observed]:
-        first = int(self.strategy(model, call) == "default")
+        first = int(select_strategy(model, call) == "default")
         q, k = (self._packed(model, call, rows, first) for rows in together(seen))
         at = [torch.arange(first, image.shape[1], device=image.device) for image in q]
         cls, scale = 0 if first else None, seen[0].scale
         return [Observed(*rows, cls, scale) for rows in zip(q, k, at, strict=True)]
-
-    def strategy(self, model: nn.Module, call: Mapping[str, Any]) -> str:
-        """``default`` drops the encoder's first row, [CLS]; ``full`` says that there is none."""
-        given = call.get("vision_feature_select_strategy")
-        return cast(str, given or cast(Any, model.config).vision_feature_select_strategy)
 
     def tiles(self, model: nn.Module, call: Mapping[str, Any]) -> list[int]:
         """Tiles of each image, as ``get_image_features`` counts them."""
@@ -58,7 +53,7 @@ class LlavaNext(Adapter):
         packed, _ = cast(Any, self.base(model)).pack_image_features(
             tiles,
             call["image_sizes"],
-            vision_feature_select_strategy=self.strategy(model, call),
+            vision_feature_select_strategy=select_strategy(model, call),
             image_newline=tiles[0].new_zeros(tiles[0].shape[-1]),
         )
         return cast(list[Tensor], packed)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from foveate.adapter import Observed, Seen, whole_images
+from foveate.adapter import Observed, Seen, select_strategy, whole_images
 from foveate.adapters.llava_next import LlavaNext
 
 
@@ -22,10 +22,7 @@ class LlavaNextVideo(LlavaNext):
 
     family: ClassVar[str] = "LLaVA-NeXT-Video"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next_video",)
-
-    def placeholders(self, model: nn.Module) -> Mapping[str, int]:
-        config = cast(Any, model.config)
-        return {"image": config.image_token_id, "video": config.video_token_id}
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
 
     def groups(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
@@ -41,5 +38,5 @@ class LlavaNextVideo(LlavaNext):
         if modality == "image":
             return super().observe(model, modality, call, seen)
         stride = cast(Any, model.config).spatial_pool_stride
-        has_cls = self.strategy(model, call) == "default"
+        has_cls = select_strategy(model, call) == "default"
         return whole_images(seen, has_cls=has_cls, stride=stride)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.adapter import Observed, Seen
+from foveate.adapter import Observed, Seen, select_strategy
 from foveate.adapters.llava_next import LlavaNext, tiles_of, together
 
 
@@ -22,10 +22,7 @@ class LlavaOnevision(LlavaNext):
 
     family: ClassVar[str] = "LLaVA-OneVision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
-
-    def placeholders(self, model: nn.Module) -> Mapping[str, int]:
-        config = cast(Any, model.config)
-        return {"image": config.image_token_id, "video": config.video_token_id}
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
 
     def groups(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]
@@ -40,7 +37,7 @@ class LlavaOnevision(LlavaNext):
     ) -> list[Observed]:
         if modality == "image":
             return super().observe(model, modality, call, seen)
-        first = int(self.strategy(model, call) == "default")
+        first = int(select_strategy(model, call) == "default")
         q, k = (self._frames(model, call, rows[:, :, first:]) for rows in together(seen))
         return [
             Observed(a, b, torch.arange(a.shape[1], device=a.device), None, seen[0].scale)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.adapter import Adapter, Grid, Observed, Seen, Shrink, Shrunk, resized
+from foveate.adapter import Adapter, Grid, Observed, Seen, Shrink, Shrunk, averaged, resized
 
 
 class Mistral3(Adapter):
@@ -38,7 +38,7 @@ class Mistral3(Adapter):
 
         def tokens(rows: Tensor) -> list[Tensor]:  # (H, patches of all images, d)
             parts = rows.split([h * w for h, w in sizes], dim=1)
-            return [_merged(part, size, merge) for part, size in zip(parts, sizes, strict=True)]
+            return [averaged(part, size, merge) for part, size in zip(parts, sizes, strict=True)]
 
         return [
             Observed(q, k, torch.arange(q.shape[1], device=q.device), None, s.scale)
@@ -84,11 +84,3 @@ class Pixtral(Mistral3):
 def _sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:
     """(height, width) in pixels of each image."""
     return [(h, w) for h, w in torch.as_tensor(call["image_sizes"]).tolist()]
-
-
-def _merged(rows: Tensor, size: Grid, merge: int) -> Tensor:
-    """Patches (H, h·w, d) to the means of their tokens (H, N, d), what does not fit cut off."""
-    high, wide = (n // merge * merge for n in size)
-    grid = rows.unflatten(1, size)[:, :high, :wide]
-    squares = grid.unfold(1, merge, merge).unfold(2, merge, merge)
-    return cast(Tensor, squares.mean((-2, -1)).flatten(1, 2))

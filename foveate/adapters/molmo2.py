@@ -24,12 +24,9 @@ class Molmo2(Adapter):
 
     family: ClassVar[str] = "Molmo 2"
     model_types: ClassVar[tuple[str, ...]] = ("molmo2",)
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     aligned: ClassVar[bool] = False
     fixed: ClassVar[str] = "its table of patches is made for the image as it came"
-
-    def placeholders(self, model: nn.Module) -> Mapping[str, int]:
-        config = cast(Any, model.config)
-        return {"image": config.image_token_id, "video": config.video_token_id}
 
     def blocks(self, call: Mapping[str, Any]) -> Tensor | None:
         types = call.get("mm_token_type_ids")

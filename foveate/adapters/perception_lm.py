@@ -9,7 +9,7 @@ transformers does not see, so methods that need the encoder's attention refuse.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,13 +21,10 @@ class PerceptionLM(Adapter):
 
     family: ClassVar[str] = "PerceptionLM"
     model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     aligned: ClassVar[bool] = False
     blind: ClassVar[str] = "its encoder, run by timm, shows none"
     fixed: ClassVar[str] = "its encoder's positions are made for one image size"
-
-    def placeholders(self, model: nn.Module) -> Mapping[str, int]:
-        config = cast(Any, model.config)
-        return {"image": config.image_token_id, "video": config.video_token_id}
 
     def encoders(self, model: nn.Module) -> Sequence[str]:
         return ["image"]

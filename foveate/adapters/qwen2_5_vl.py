@@ -22,6 +22,7 @@ class Qwen25VL(Adapter):
 
     family: ClassVar[str] = "Qwen2.5-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     positions: ClassVar[str] = "keep"
     aligned: ClassVar[bool] = False
 
@@ -34,10 +35,6 @@ class Qwen25VL(Adapter):
         every = range(len(visual.blocks))
         wanted, whole = depth * len(every), getattr(visual, "fullatt_block_indexes", every)
         return visual.blocks[min(whole, key=lambda index: abs(index - wanted))].attn  # type: ignore[no-any-return]
-
-    def placeholders(self, model: nn.Module) -> Mapping[str, int]:
-        config = cast(Any, model.config)
-        return {"image": config.image_token_id, "video": config.video_token_id}
 
     def groups(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]

@@ -23,16 +23,13 @@ class VideoLlava(Llava):
 
     family: ClassVar[str] = "Video-LLaVA"
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
 
     def tower(self, model: nn.Module, modality: str) -> nn.Module:
         return cast(nn.Module, getattr(self.base(model), f"{modality}_tower"))
 
     def vision_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
         return [last_attention(self.tower(model, modality)) for modality in ("image", "video")]
-
-    def placeholders(self, model: nn.Module) -> Mapping[str, int]:
-        config = cast(Any, model.config)
-        return {"image": config.image_token_id, "video": config.video_token_id}
 
     def groups(
         self, modality: str, call: Mapping[str, Any], sizes: Sequence[int]

@@ -14,7 +14,7 @@ is the bound. ``efficiency`` is attainable_ms ÷ prefill_ms.
 
 from foveate.bench.machine import Peak, about, device_name, peak_bytes, version_of, versions
 from foveate.bench.run import DENSE, IDENTITY, Settings, bench
-from foveate.bench.stopwatch import Forward, Stopwatch, elapsed, tick
+from foveate.bench.stopwatch import Forward, Stopwatch
 from foveate.bench.verdicts import verdict
 
 __all__ = [
@@ -27,9 +27,7 @@ __all__ = [
     "about",
     "bench",
     "device_name",
-    "elapsed",
     "peak_bytes",
-    "tick",
     "verdict",
     "version_of",
     "versions",

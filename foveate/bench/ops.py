@@ -26,13 +26,13 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from foveate.bench import sheet
 from foveate.bench.machine import Peak, device_name, versions, wait
-from foveate.bench.stopwatch import elapsed, tick
 from foveate.ops import prumerge
 from foveate.ops.bipartite import merge_to
 from foveate.ops.pagerank import pagerank
 from foveate.ops.prumerge import Image
 from foveate.peers import loops, masking
 from foveate.peers.prefill import additive
+from foveate.report import elapsed, tick
 
 _WRITTEN = 2000  # rows up to which the map is written down: four of them are 14 GB at 8,000
 

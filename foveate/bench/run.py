@@ -19,11 +19,11 @@ from foveate.adapter import family, text_shape, vision_rows
 from foveate.bench.machine import Peak, about, wait
 from foveate.bench.profiling import hottest
 from foveate.bench.rounds import Part, Rounds
-from foveate.bench.stopwatch import Stopwatch, elapsed
+from foveate.bench.stopwatch import Stopwatch
 from foveate.bench.verdicts import beside, break_even_output, break_even_prompt, verdict
 from foveate.peers import How, carried_out
 from foveate.recipe import Recipe
-from foveate.report import Report
+from foveate.report import Report, elapsed
 from foveate.shapes import Prompt, inputs, text_only
 
 DENSE, IDENTITY = "dense", "identity"

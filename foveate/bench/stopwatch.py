@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import foveate
 from foveate.adapter import family
 from foveate.peers import How
 from foveate.recipe import Recipe
-from foveate.report import Report
+from foveate.report import Report, elapsed, tick
 
 
 @dataclass(frozen=True)
@@ -80,20 +79,20 @@ class Stopwatch:
         ``generate`` encodes before the forward begins, which then counts from there.
         """
         done, start, seen, vision = [], None, None, 0.0
-        for label, tick in self._ticks:
-            start = tick if start is None else start
+        for label, now in self._ticks:
+            start = now if start is None else start
             if label == "vision":
-                seen = tick
+                seen = now
             elif label == "seen":
-                vision += elapsed(seen, tick)
+                vision += elapsed(seen, now)
             elif label == "stop":
-                done.append(Forward(elapsed(start, tick), vision))
+                done.append(Forward(elapsed(start, now), vision))
                 start, vision = None, 0.0
         return done
 
     def decode_ms(self) -> float | None:
         """Milliseconds from one forward's end to the next after the first, on average."""
-        ends = [tick for label, tick in self._ticks if label == "stop"]
+        ends = [now for label, now in self._ticks if label == "stop"]
         return elapsed(ends[0], ends[-1]) / (len(ends) - 1) if len(ends) > 1 else None
 
     def _mark(
@@ -109,20 +108,3 @@ class Stopwatch:
                 then()
 
         stack.callback(register(hook).remove)
-
-
-def tick(device: torch.device) -> Any:
-    """Now: an event on that device's stream, which nobody waits for, or seconds on a CPU."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def elapsed(start: Any, stop: Any) -> float:
-    """Milliseconds between two ticks; only here a device is waited for."""
-    if isinstance(start, float):
-        return (float(stop) - start) * 1e3
-    stop.synchronize()
-    return float(start.elapsed_time(stop))

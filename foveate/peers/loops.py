@@ -5,10 +5,10 @@ For every kept token the others are collected, compared with it, and its nearest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 import foveate
-from foveate.ops.prumerge import Image, look
-from foveate.ops.rows import full, nothing, one_budget, unchanged
+from foveate.ops.prumerge import Image
 from foveate.peers.peer import Peer
 from foveate.recipe import Recipe
-from foveate.reducer import Reducer, Reduction, Tokens
+from foveate.reducer import Reduction
 from foveate.reducers.prumerge import PruMerge
+from foveate.reducers.prumerge_plus import PruMergePlus
 from foveate.report import Report
 
 
@@ -36,36 +36,21 @@ def serves(recipe: Recipe) -> bool:
 @contextmanager
 def reduced(model: nn.Module, recipe: Recipe) -> Iterator[Report]:
     """As ``foveate.reduced``."""
-    method = _Looped(cast(PruMerge, recipe.entrance))
-    with foveate.reduced(model, replace(recipe, entrance=method)) as report:
+    method = cast(PruMerge, recipe.entrance)
+    looped = {"prumerge": _PruMerge, "prumerge+": _PruMergePlus}[method.name]
+    with foveate.reduced(model, replace(recipe, entrance=looped(**method.knobs()))) as report:
         yield report
 
 
-@dataclass(frozen=True)
-class _Looped(Reducer):
-    """PruMerge whose merge is a loop; it chooses as ``method`` does."""
+class _PruMerge(PruMerge):
+    """PruMerge whose merge is a loop."""
 
-    name: ClassVar[str] = "prumerge"
-    site: ClassVar[str] = "features"
-    needs_attention: ClassVar[bool] = True
-    adaptive: ClassVar[bool] = True
+    def merged(self, image: Image, kept: Tensor, count: Tensor, extra: bool) -> Reduction:
+        return merge(image, kept, count, self.neighbours, extra)
 
-    method: PruMerge
 
-    def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
-        size = tokens.x.shape[1]
-        wanted = None if budget is None else one_budget(self.name, budget)
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == size or size == 1:
-            return unchanged(tokens)
-        image, extra = look(self.name, tokens), self.method.extra and wanted != 1
-        if wanted is None:
-            kept, count = self.method.adapted(image.attn)
-        else:
-            kept = self.method.chosen(image.attn, wanted - int(extra))
-            count = full(*kept.shape)
-        return merge(image, kept, count, self.method.neighbours, extra)
+class _PruMergePlus(_PruMerge, PruMergePlus):
+    """PruMerge+ with the same loop."""
 
 
 def merge(

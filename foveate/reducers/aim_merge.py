@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.ops.attention import observed, one_head
 from foveate.ops.bipartite import ORDERS, merge_to
 from foveate.ops.knobs import one_of
-from foveate.ops.rows import full, nothing, one_budget, unchanged
+from foveate.ops.rows import full, one_budget, settled
 from foveate.reducer import Reducer, Reduction, Tokens
 
 METRICS = ("keys", "tokens")
@@ -74,9 +74,7 @@ class AimMergeTokens(Reducer, name="aim-merge-tokens"):
 
 
 def _merged(tokens: Tokens, keys: Tensor | None, wanted: int, order: str) -> Reduction:
-    if wanted == 0:
-        return nothing(tokens)
-    if wanted == tokens.x.shape[1]:
-        return unchanged(tokens)
+    if (done := settled(tokens, wanted)) is not None:
+        return done
     x, keep, group = merge_to(tokens.x, keys, wanted, order)
     return Reduction(keep=keep, count=full(*keep.shape), x=x, group=group)

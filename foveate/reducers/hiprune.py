@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.ops.attention import observed, received
 from foveate.ops.knobs import within
-from foveate.ops.rows import full, nothing, one_budget, slots, unchanged
+from foveate.ops.rows import full, one_budget, settled, slots
 from foveate.reducer import Reducer, Reduction, Tokens
 
 _AROUND = 5  # an anchor and its four neighbours
@@ -50,10 +50,8 @@ class HiPrune(Reducer, name="hiprune"):
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Keep ``budget[b]`` tokens of each group."""
         wanted, size = one_budget(self.name, budget), tokens.x.shape[1]
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == size:
-            return unchanged(tokens)
+        if (done := settled(tokens, wanted)) is not None:
+            return done
         with torch.no_grad():
             q, k, at = observed(self.name, tokens)
             if tokens.middle is None:

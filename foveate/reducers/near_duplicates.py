@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.ops.knobs import within
-from foveate.ops.rows import full, nothing, one_budget, slots, take, unchanged
+from foveate.ops.rows import full, one_budget, settled, slots, take
 from foveate.reducer import Reducer, Reduction, Tokens
 
 
@@ -44,10 +44,8 @@ class NearDuplicates(Reducer, name="near-duplicates"):
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Merge what is nearly the same, or down to ``budget[b]`` tokens."""
         wanted = None if budget is None else one_budget(self.name, budget)
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == tokens.x.shape[1]:
-            return unchanged(tokens)
+        if (done := settled(tokens, wanted)) is not None:
+            return done
         work = tokens.x.to(torch.promote_types(tokens.x.dtype, torch.float32))
         with torch.no_grad():
             unit = normalize(work, dim=-1)

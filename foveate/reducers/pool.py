@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foveate.ops.pooling import cells, centres, means
-from foveate.ops.rows import full, nothing, one_budget, unchanged
+from foveate.ops.rows import full, one_budget, settled
 from foveate.reducer import Reducer, Reduction, Tokens
 
 
@@ -21,10 +21,8 @@ class Pool(Reducer, name="pool"):
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Average each group to ``budget[b]`` tokens."""
         wanted, (groups, size) = one_budget(self.name, budget), tokens.x.shape[:2]
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == size:
-            return unchanged(tokens)
+        if (done := settled(tokens, wanted)) is not None:
+            return done
         cell = cells(size, wanted, tokens.grid, tokens.x.device)
         return Reduction(
             keep=centres(cell, wanted, tokens.grid).expand(groups, -1),

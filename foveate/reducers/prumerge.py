@@ -10,8 +10,8 @@ from torch import Tensor
 
 from foveate.ops.knobs import one_of, within
 from foveate.ops.outliers import outlier_count
-from foveate.ops.prumerge import ORDERS, WEIGHTS, Rule, look, merge
-from foveate.ops.rows import full, nothing, one_budget, unchanged
+from foveate.ops.prumerge import ORDERS, WEIGHTS, Image, Rule, look, merge
+from foveate.ops.rows import full, one_budget, settled, unchanged
 from foveate.reducer import Reducer, Reduction, Tokens
 
 
@@ -60,11 +60,10 @@ class PruMerge(Reducer, name="prumerge"):
 
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Keep ``budget[b]`` tokens, or as many as the attention asks for."""
-        size = tokens.x.shape[1]
         wanted = None if budget is None else one_budget(self.name, budget)
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == size or size == 1:
+        if (done := settled(tokens, wanted)) is not None:
+            return done
+        if tokens.x.shape[1] == 1:
             return unchanged(tokens)
         image = look(self.name, tokens)
         extra = self.extra and wanted != 1
@@ -73,6 +72,10 @@ class PruMerge(Reducer, name="prumerge"):
         else:
             kept = self.chosen(image.attn, wanted - int(extra))
             count = full(*kept.shape)
+        return self.merged(image, kept, count, extra)
+
+    def merged(self, image: Image, kept: Tensor, count: Tensor, extra: bool) -> Reduction:
+        """The tokens ``kept`` (B, M), the first ``count[b]`` of each, with the others in them."""
         return merge(image, kept, count, Rule(self.neighbours, self.weights, extra, self.order))
 
     def adapted(self, attn: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.ops.attention import instruction_rows, observed, received
 from foveate.ops.knobs import within
 from foveate.ops.peaks import density_peaks
-from foveate.ops.rows import full, nothing, one_budget, slots, take, unchanged
+from foveate.ops.rows import full, one_budget, settled, slots, take
 from foveate.reducer import Reducer, Reduction, Tokens, top
 
 
@@ -54,10 +54,8 @@ class SparseVLM(Reducer, name="sparsevlm"):
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Keep and cluster each group down to ``budget[b]`` tokens."""
         wanted, size = one_budget(self.name, budget), tokens.x.shape[1]
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == size:
-            return unchanged(tokens)
+        if (done := settled(tokens, wanted)) is not None:
+            return done
         with torch.no_grad():
             score = self.score(tokens)
             order = score.argsort(dim=-1, descending=True, stable=True)

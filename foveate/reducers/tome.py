@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.ops.attention import observed
 from foveate.ops.bipartite import Match, match
 from foveate.ops.knobs import one_of
-from foveate.ops.rows import add, full, nothing, one_budget, slots, take, unchanged
+from foveate.ops.rows import add, full, one_budget, settled, slots, take
 from foveate.reducer import Reducer, Reduction, Tokens
 
 METRICS = ("keys", "tokens")
@@ -48,10 +48,8 @@ class ToMe(Reducer, name="tome"):
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Merge each group down to ``budget[b]`` tokens."""
         wanted = one_budget(self.name, budget)
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == tokens.x.shape[1]:
-            return unchanged(tokens)
+        if (done := settled(tokens, wanted)) is not None:
+            return done
         x = tokens.x.to(torch.promote_types(tokens.x.dtype, torch.float32))
         metric = self.compared(tokens, x)
         size = torch.ones_like(x[..., :1])

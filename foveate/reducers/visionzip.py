@@ -13,7 +13,7 @@ from foveate.ops.attention import observed
 from foveate.ops.diversity import unit
 from foveate.ops.encoder import attended
 from foveate.ops.knobs import one_of, within
-from foveate.ops.rows import add, full, nothing, one_budget, slots, take, unchanged
+from foveate.ops.rows import add, full, one_budget, settled, slots, take
 from foveate.reducer import Reducer, Reduction, Tokens
 
 WEIGHTS = ("released", "mean")
@@ -61,10 +61,8 @@ class VisionZip(Reducer, name="visionzip"):
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Keep or merge each group down to ``budget[b]`` tokens."""
         wanted = one_budget(self.name, budget)
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == tokens.x.shape[1]:
-            return unchanged(tokens)
+        if (done := settled(tokens, wanted)) is not None:
+            return done
         merged = min(round(wanted * self.contextual), wanted - 1)
         with torch.no_grad():
             rank = attended(self.name, tokens).argsort(dim=-1, descending=True, stable=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.ops.diversity import cosines, thinned
 from foveate.ops.encoder import attended
 from foveate.ops.knobs import within
-from foveate.ops.rows import full, nothing, one_budget, unchanged
+from foveate.ops.rows import full, one_budget, settled
 from foveate.reducer import Reducer, Reduction, Tokens
 
 
@@ -47,10 +47,8 @@ class VisPruner(Reducer, name="vispruner"):
     def reduce(self, tokens: Tokens, budget: Sequence[int] | None) -> Reduction:
         """Keep ``budget[b]`` tokens of each group."""
         wanted = one_budget(self.name, budget)
-        if wanted == 0:
-            return nothing(tokens)
-        if wanted == tokens.x.shape[1]:
-            return unchanged(tokens)
+        if (done := settled(tokens, wanted)) is not None:
+            return done
         with torch.no_grad():
             keep = self.chosen(tokens, wanted)
         return Reduction(keep=keep, count=full(*keep.shape))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import foveate
+from foveate.bench.machine import wait
 from foveate.recipe import Recipe
 from foveate.search.budget import Budget, Lengths, milliseconds
 from foveate.search.prefix import Runner
@@ -79,17 +80,12 @@ def _median(run: Callable[[], object], device: torch.device) -> float:
     """Milliseconds, after one run to warm up."""
 
     def timed() -> float:
-        _wait(device)
+        wait(device)
         begun = perf_counter()
         run()
-        _wait(device)
+        wait(device)
         return 1e3 * (perf_counter() - begun)
 
     with torch.no_grad():
         run()
         return statistics.median(timed() for _ in range(REPEATS))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
