@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from foveate.ops.attention import cls_attention, observed, one_head
-from foveate.ops.rows import slots, take
+from foveate.ops.rows import slots, sums, take
 from foveate.reducer import Reduction, Tokens
 
 WEIGHTS = ("released", "paper")
@@ -112,12 +112,14 @@ def neighbourhood(image: Image, kept: Tensor, chosen: Tensor, rule: Rule) -> tup
         similar = similar.masked_fill(chosen[:, None], -torch.inf)
     nearest = similar.topk(min(rule.neighbours, x.shape[1] - 1), dim=-1)
     near = torch.full_like(similar, -torch.inf).scatter(-1, nearest.indices, nearest.values)
-    weight = attn[:, None].masked_fill(near == -torch.inf, 0)
+    weight = take(attn, nearest.indices.flatten(1)).view_as(nearest.indices)
+    weight = weight.masked_fill(nearest.values == -torch.inf, 0)
+    merged, added = take(x, kept), sums(x, nearest.indices, weight)
     if rule.weights == "paper":
         own = attn.gather(1, kept)[..., None]
-        merged = (own * take(x, kept) + weight @ x) / (own + weight.sum(dim=-1, keepdim=True))
+        merged = (own * merged + added) / (own + weight.sum(dim=-1, keepdim=True))
     else:
-        merged = take(x, kept) + weight @ x
+        merged = merged + added
     return merged.to(image.x.dtype), near
 
 

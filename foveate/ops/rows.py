@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from foveate.reducer import Reduction, Tokens, needed
 
@@ -24,6 +25,22 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def add(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
     """``x`` with ``y[b, i]`` added to row ``index[b, i]``: (B, K, D), (B, r), (B, r, D)."""
     return x.flatten(0, 1).index_add(0, flat(index, x.shape[1]), y.flatten(0, 1)).view(x.shape)
+
+
+def sums(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """``Σ_k weight[b, i, k] · x[b, index[b, i, k]]``: (B, N, D) index (B, K, k) to (B, K, D).
+
+    On CPU five times as fast as the product with a matrix that is zero elsewhere.
+    """
+    batch, bags, size = index.shape
+    made = embedding_bag(
+        flat(index.flatten(1), x.shape[1]),
+        x.flatten(0, 1),
+        torch.arange(batch * bags, device=x.device) * size,
+        per_sample_weights=weight.flatten(),
+        mode="sum",
+    )
+    return made.view(batch, bags, x.shape[2])
 
 
 def flat(index: Tensor, size: int) -> Tensor:
