@@ -19,7 +19,7 @@ from foveate.cost import TextShape
 _FAMILIES: dict[str, type[Adapter]] = {}
 
 Grid = tuple[int, int]  # height, width
-Shrink = Callable[[Grid, int], Grid]
+Shrink = Callable[[Grid], Grid]
 Shrunk = tuple[dict[str, Any], list[tuple[Grid, Grid]]]
 
 
@@ -174,19 +174,13 @@ class Adapter(ABC):
         """What the last vision attention saw, one entry per group."""
 
     def shrink(
-        self,
-        model: nn.Module,
-        modality: str,
-        call: Mapping[str, Any],
-        shape: Shrink,
-        count: Callable[[int], int],
+        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink
     ) -> Shrunk:
         """The call with smaller images, and (old grid, new grid) of each group.
 
         Args:
             call: the arguments of ``get_image_features``.
-            shape: (grid, budget) to the new grid.
-            count: tokens of a group to its budget.
+            shape: the token grid of a group to its new one.
         """
         raise NotImplementedError(
             f"downsample cannot work on {self.family}: {self.fixed}. Use pool, which averages the "

@@ -349,8 +349,7 @@ class Entrance:
             self._model,
             state.modality,
             state.call,
-            method.shape,
-            lambda n: self._schedule.count(0, n),
+            lambda grid: method.shape(grid, self._schedule.count(0, math.prod(grid))),
         )
         outputs = original(**call)
         changes, number = iter(grids), itertools.count()

@@ -8,7 +8,7 @@ the image, which must come in the size that the config's ``image_seq_length`` st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import nn
@@ -29,16 +29,11 @@ class FastVLM(Adapter):
         raise NotImplementedError(self.blind)
 
     def shrink(
-        self,
-        model: nn.Module,
-        modality: str,
-        call: Mapping[str, Any],
-        shape: Shrink,
-        count: Callable[[int], int],
+        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink
     ) -> Shrunk:
         pixels = call["pixel_values"]
         side = math.isqrt(cast(Any, model.config).image_seq_length)
-        high, wide = shape((side, side), count(side * side))
+        high, wide = shape((side, side))
         step = pixels.shape[-1] // side
         smaller = {**call, "pixel_values": resized(pixels, high * step, wide * step)}
         return smaller, [((side, side), (high, wide))] * pixels.shape[0]

@@ -8,7 +8,7 @@ keys of the patches of a token are averaged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -43,17 +43,12 @@ class Idefics3(Adapter):
         return whole_images(seen, has_cls=False, stride=connector.scale_factor)
 
     def shrink(
-        self,
-        model: nn.Module,
-        modality: str,
-        call: Mapping[str, Any],
-        shape: Shrink,
-        count: Callable[[int], int],
+        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink
     ) -> Shrunk:
         config, pixels = cast(Any, model.config), call["pixel_values"]
         step = config.vision_config.patch_size * config.scale_factor
         side = pixels.shape[-1] // step
-        small = math.isqrt(math.prod(shape((side, side), count(side * side))))  # must stay square
+        small = math.isqrt(math.prod(shape((side, side))))  # must stay square
         smaller = {**call, "pixel_values": resized(pixels, small * step, small * step)}
         if (mask := call.get("pixel_attention_mask")) is not None:
             size = (small * step, small * step)

@@ -7,7 +7,7 @@ A token is four patches; their queries and keys are averaged to the token grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import nn
@@ -28,17 +28,12 @@ class InternVL(Adapter):
         return whole_images(seen, has_cls=True, stride=stride)
 
     def shrink(
-        self,
-        model: nn.Module,
-        modality: str,
-        call: Mapping[str, Any],
-        shape: Shrink,
-        count: Callable[[int], int],
+        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink
     ) -> Shrunk:
         config = cast(Any, model.config)
         pixels, patch = call["pixel_values"], config.vision_config.patch_size[0]
         step = patch * round(1 / config.downsample_ratio)
         side = pixels.shape[-1] // step
-        small = math.isqrt(math.prod(shape((side, side), count(side * side))))  # must stay square
+        small = math.isqrt(math.prod(shape((side, side))))  # must stay square
         smaller = {**call, "pixel_values": resized(pixels, small * step, small * step)}
         return smaller, [((side, side), (small, small))] * pixels.shape[0]

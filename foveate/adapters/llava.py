@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import nn
@@ -49,19 +49,14 @@ class Llava(Adapter):
         return whole_images(seen, has_cls=self.has_cls(model, call), stride=self.stride(model))
 
     def shrink(
-        self,
-        model: nn.Module,
-        modality: str,
-        call: Mapping[str, Any],
-        shape: Shrink,
-        count: Callable[[int], int],
+        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink
     ) -> Shrunk:
         tower = self.tower(model, modality)
         stride = self.stride(model)
         step = cast(Any, tower.config).patch_size * stride
         pixels = call["pixel_values"]
         grid = (pixels.shape[-2] // step, pixels.shape[-1] // step)
-        small = shape(grid, count(grid[0] * grid[1]))
+        small = shape(grid)
         if stride > 1:  # pixel shuffle takes squares only
             small = (math.isqrt(math.prod(small)),) * 2
         smaller = {**call, "pixel_values": resized(pixels, small[0] * step, small[1] * step)}

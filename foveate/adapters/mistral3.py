@@ -8,7 +8,7 @@ and keys are averaged alike. Pixtral comes as a LLaVA with another encoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -47,18 +47,13 @@ class Mistral3(Adapter):
         ]
 
     def shrink(
-        self,
-        model: nn.Module,
-        modality: str,
-        call: Mapping[str, Any],
-        shape: Shrink,
-        count: Callable[[int], int],
+        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink
     ) -> Shrunk:
         step = self._merge(model) * cast(Any, model.config).vision_config.patch_size
         images, changes = [], []
         for pixels, (h, w) in zip(call["pixel_values"], _sizes(call), strict=True):
             old: Grid = (h // step, w // step)
-            new = shape(old, count(old[0] * old[1]))
+            new = shape(old)
             images.append(resized(pixels[None, :, :h, :w], new[0] * step, new[1] * step)[0])
             changes.append((old, new))
         sizes = call["image_sizes"].new_tensor([image.shape[1:] for image in images])

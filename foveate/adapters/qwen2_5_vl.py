@@ -8,7 +8,7 @@ is a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -71,12 +71,7 @@ class Qwen25VL(Adapter):
         return _window_order(visual, grid_thw).argsort()
 
     def shrink(
-        self,
-        model: nn.Module,
-        modality: str,
-        call: Mapping[str, Any],
-        shape: Shrink,
-        count: Callable[[int], int],
+        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink
     ) -> Shrunk:
         config = cast(Any, model.config).vision_config
         pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
@@ -84,7 +79,7 @@ class Qwen25VL(Adapter):
         parts = call[pixels].split([t * h * w for t, h, w in grids])
         patches, small, changes = [], [], []
         for part, (t, h, w) in zip(parts, grids, strict=True):
-            new = shape((h // 2, w // 2), count(h * w // 4))
+            new = shape((h // 2, w // 2))
             frames = _frames(part, (t, h, w), config)
             size = (new[0] * 2 * config.patch_size, new[1] * 2 * config.patch_size)
             patches.append(_patches(resized(frames, *size), t, config))

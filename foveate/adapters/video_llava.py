@@ -8,7 +8,7 @@ keep, so that the rest of a frame is a full grid. The processor still calls imag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -45,21 +45,16 @@ class VideoLlava(Llava):
         return [part for frame in frames for part in (replace(frame, at=frame.at[:1] * 0), frame)]
 
     def shrink(
-        self,
-        model: nn.Module,
-        modality: str,
-        call: Mapping[str, Any],
-        shape: Shrink,
-        count: Callable[[int], int],
+        self, model: nn.Module, modality: str, call: Mapping[str, Any], shape: Shrink
     ) -> Shrunk:
         if modality == "image":
             images = call.get("pixel_values", call.get("pixel_values_images"))
             rest = {name: value for name, value in call.items() if name != "pixel_values_images"}
             call = {**rest, "pixel_values": images}
-            return super().shrink(model, modality, call, shape, count)
+            return super().shrink(model, modality, call, shape)
         video = call["pixel_values_videos"]
         frames = {"pixel_values": video.flatten(0, 1)}
-        smaller, changes = super().shrink(model, modality, frames, shape, count)
+        smaller, changes = super().shrink(model, modality, frames, shape)
         video = smaller.pop("pixel_values").unflatten(0, video.shape[:2])
         cls = ((1, 1), (1, 1))
         both = [part for change in changes for part in (cls, change)]
