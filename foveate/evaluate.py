@@ -23,6 +23,7 @@ from foveate.adapter import family, text_shape, vision_rows
 from foveate.answer import answer
 from foveate.ask import costs
 from foveate.bench import DENSE, Stopwatch
+from foveate.encoded import once
 from foveate.journal import Journal, Key, Record
 from foveate.recipe import Recipe
 from foveate.scoreboard import options
@@ -133,23 +134,37 @@ def evaluate(
     scores: dict[tuple[str, str, bool], list[float]] = {}
     for task in tasks:
         _check_some(task)
-        batches = _batches(task, cases, journal, batch_size)
-        warm: set[Key] = set()
-        for batch, examples in zip(batches, _made(task, batches), strict=True):
-            for case, indices in _in_turn(batch, cases):
-                for some in _alike(indices, examples):
-                    if case.key not in warm:
-                        _costs_of(model, processor, [examples[some[0]]], case.recipe)
-                        warm.add(case.key)
-                    journal.add(_answered(model, processor, task, case, some, examples))
-                if advance:
-                    advance(task.name, len(batch.span))
+        with once(model):
+            _ask(model, processor, task, cases, journal, batch_size, advance)
         found = journal.of(task.name)
         rows += summary(found, cases, len(task))
         for case in cases:
             mine = [found[case.key][i].score for i in range(len(task))]
             scores[task.name, case.name, case.blank] = mine
     return [row | {"fewer_frames": fewer_frames(row, rows, scores)} for row in rows]
+
+
+def _ask(
+    model: Any,
+    processor: Any,
+    task: Task,
+    cases: Sequence[Case],
+    journal: Journal,
+    size: int,
+    advance: Callable[[str, int], object] | None,
+) -> None:
+    """Put a task's examples to every case, as far as the journal lacks the answers."""
+    batches = _batches(task, cases, journal, size)
+    warm: set[Key] = set()
+    for batch, examples in zip(batches, _made(task, batches), strict=True):
+        for case, indices in _in_turn(batch, cases):
+            for some in _alike(indices, examples):
+                if case.key not in warm:
+                    _costs_of(model, processor, [examples[some[0]]], case.recipe)
+                    warm.add(case.key)
+                journal.add(_answered(model, processor, task, case, some, examples))
+            if advance:
+                advance(task.name, len(batch.span))
 
 
 def fewer_frames(

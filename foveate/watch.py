@@ -46,6 +46,11 @@ class Watch:
             module.config = config
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether the module or a part of it is armed."""
+    return any(hasattr(getattr(m, "config", None), "foveate_watch") for m in module.modules())
+
+
 class _Shown:
     """The callback of one module and its plain config. Copies of a config share it."""
 
