@@ -94,6 +94,11 @@ class Adapter(ABC):
         """The text model: it has ``layers``."""
         return cast(nn.Module, self.base(model).language_model)
 
+    def beside_text(self, model: nn.Module) -> list[nn.Module]:
+        """Encoders, projectors and whatever else the base runs besides the text model."""
+        text = self.text(model)
+        return [part for part in self.base(model).children() if part is not text]
+
     def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """Logits of the text model's last hidden states."""
         return cast(Tensor, cast(Any, model).get_output_embeddings()(hidden))

@@ -20,10 +20,8 @@ def once(model: nn.Module) -> Iterator[None]:
     Layers that a recipe looks into run, so a method sees what it would, and results are the same to
     the bit. Nothing is reused where gradients are wanted.
     """
-    adapter = family(model)
-    text = adapter.text(model)
-    encoders = [child for child in adapter.base(model).children() if child is not text]
-    stacks = [m for child in encoders for m in child.modules() if isinstance(m, nn.ModuleList)]
+    parts = family(model).beside_text(model)
+    stacks = [m for part in parts for m in part.modules() if isinstance(m, nn.ModuleList)]
     layers = {layer: vars(layer).get("forward") for stack in stacks for layer in stack}
     for layer in layers:
         vars(layer)["forward"] = _Remembered(layer)

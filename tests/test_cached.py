@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ from foveate.pinhole.bank import RANK_SHARPNESS, rank_loss
 from foveate.pinhole.cached import CachedRun, Features, Vocabulary, align, cells
 from foveate.pinhole.mix import RANKED
 from foveate.pinhole.packed import Student
+from foveate.tasks import video
+from foveate.tasks.flickr8k import Labels
 from foveate.tasks.photos import photos
 
 SAID = [
@@ -188,6 +191,13 @@ class Easy:
         self.task = SimpleNamespace(image=lambda n: Image.new("RGB", (64, 64), (80 * n, 20, 90)))
 
 
+SHAPES = video.Gallery(
+    (("Is", "a circle"), ("Is", "a box"), ("Is", "a star")),
+    Labels(((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 1))),
+    lambda i: Image.new("RGB", (64, 64)),
+)
+
+
 @pytest.fixture
 def start(
     student_of: Callable[[], Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -206,14 +216,16 @@ def start(
     features = Features
     monkeypatch.setattr(cached, "Features", lambda file, n: features(file, n, 128))
     monkeypatch.setattr(cached, "EasyRows", Easy)
+    monkeypatch.setattr(video, "shape_gallery", lambda split: SHAPES)
     monkeypatch.setattr(cached, "time", clock)
     monkeypatch.setattr(cached, "TEXT", 40)
+    monkeypatch.setattr(cached, "FRAMES", (2, 3))
     monkeypatch.setattr(CachedRun, "_update", timed)
 
     def begin(name: str) -> CachedRun:
         out = tmp_path / name
         miniature.tokenizer_file(out / "processor" / "tokenizer.json", spoken)
-        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), drawn=1)
+        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), drawn=1, clips=1)
         list(run.encode())
         return run
 
@@ -311,6 +323,56 @@ def shown_in(features: Features, row: torch.Tensor) -> torch.Tensor:
     every = features.take(range(features.count))
     near = (every[:, None] - row[None, :, None]).abs().amax(-1).amin(-1)
     return (near.amax(1) == 0).nonzero()[:, 0]
+
+
+def test_clips_show_their_frames_in_order(start: Callable[[str], CachedRun]) -> None:
+    run = start("clips")
+    lessons, draw = run.lessons, torch.Generator().manual_seed(0)
+    for seed in range(4):
+        rows = lessons.filmed(run.features, random.Random(seed), draw, 3, 4)
+        rng = random.Random(seed)
+        frames = rng.choice(cached.FRAMES)
+        made = [rng.choice(lessons.clips).row(rng, frames) for _ in range(3)]
+        each = rows.pixels.view(3, frames, -1, rows.pixels.shape[-1])
+        ids, at = lessons.writer.prefix(frames)
+        assert rows.places is not None and rows.places[0].tolist() == sorted(
+            rows.places[0].tolist()
+        )
+        assert rows.prefix.tolist() == [ids[place] for place in rows.places[0]]
+        for row, shown, places in zip(made, each, rows.places[:, rows.image], strict=True):
+            assert set(places.tolist()) <= set(at)
+            for frame, picture, standing in zip(
+                row.frames, shown, places.view(frames, -1), strict=True
+            ):
+                patches = torch.tensor(
+                    [at.index(place) % IMAGE_TOKENS for place in standing.tolist()]
+                )
+                assert torch.equal(run.features.take([frame])[0, patches], picture)
+
+
+def test_what_is_asked_about_clips_is_true_and_tells_nothing() -> None:
+    """Answers recomputed from the table; of every thing as many yes as no."""
+    clips, rng = mix.ClipRows(SHAPES, 5, 3), random.Random(0)
+    said: Counter[tuple[str, str]] = Counter()
+    for _ in range(3000):
+        row = clips.row(rng, 2)
+        shown = [SHAPES.labels.table[i - 5] for i in row.frames]
+        at = {
+            phrase: [k for k, one in enumerate(shown) if one[t]]
+            for t, (_, phrase) in enumerate(SHAPES.asked)
+        }
+        for segment in row.segments:
+            named = sorted((p for p in at if p in segment.question), key=segment.question.index)
+            said[named[0], segment.answer] += 1
+            if segment.answer in ("yes", "no"):
+                assert (segment.answer == "yes") == bool(at[named[0]])
+            elif segment.answer in video.PARTS:
+                assert at[named[0]] == [0 if segment.answer == "the beginning" else 1]
+            else:
+                assert at[segment.answer] == [0] and all(at[name] for name in named)
+    for _, phrase in SHAPES.asked:
+        assert abs(said[phrase, "yes"] - said[phrase, "no"]) < 0.1 * said[phrase, "no"]
+        assert said[phrase, "the beginning"] and said[phrase, "the end"]
 
 
 def test_scenes_are_drawn_anew_and_encoded(start: Callable[[str], CachedRun]) -> None:

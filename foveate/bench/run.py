@@ -290,8 +290,6 @@ class _Run:
         """FLOPs of encoder and projector for the whole batch, counted by torch."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        adapter = family(self.model)
-        base, text = adapter.base(self.model), adapter.text(self.model)
         inside = {id(module): path for path, module in self.model.named_modules()}
         on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch leaves it out
         counter = FlopCounterMode(display=False, custom_mapping={on_cpu: attention_flops})
@@ -299,7 +297,8 @@ class _Run:
             self.model(**self.inputs, use_cache=True, logits_to_keep=1)
         counts = counter.get_flop_counts()
         root = type(self.model).__name__
-        parts = [f"{root}.{inside[id(c)]}" for c in base.children() if c is not text]
+        beside = family(self.model).beside_text(self.model)
+        parts = [f"{root}.{inside[id(part)]}" for part in beside]
         return sum(sum(counts.get(part, {}).values()) for part in parts)
 
     def _note(self, case: Case, report: Report | None, kv_bytes: int) -> None:

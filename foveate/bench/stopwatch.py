@@ -51,15 +51,15 @@ class Stopwatch:
             seen: called after every part of the vision encoder.
         """
         adapter = family(self.model)
-        base, text = adapter.base(self.model), adapter.text(self.model)
-        encoder = [child for child in base.children() if child is not text]
+        base = adapter.base(self.model)
         self._ticks.clear()
         with ExitStack() as stack:
             self._mark(stack, base.register_forward_pre_hook, "start")
             report = None
             if recipe is not None:
                 report = stack.enter_context(how(self.model, recipe))
-            for module in encoder:  # inside the recipe's hooks: reducing is not vision
+            # Inside the recipe's hooks: reducing is not vision.
+            for module in adapter.beside_text(self.model):
                 self._mark(stack, module.register_forward_pre_hook, "vision")
                 self._mark(stack, module.register_forward_hook, "seen", seen)
             self._mark(stack, base.register_forward_hook, "stop")

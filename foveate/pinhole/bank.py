@@ -28,7 +28,7 @@ class Bank:
     photos: Tensor
     easy: Tensor
     prefix: Tensor
-    image_at: int
+    image: Tensor
 
     def rows(self, batch: Batch) -> Rows:
         """A batch of arrays as ``Rows`` on the device, images augmented."""
@@ -42,7 +42,7 @@ class Bank:
             k: torch.from_numpy(batch[k]).to(device)
             for k in ("text", "segment", "position", "target", "weight")
         }
-        return Rows(normalise(torch.cat(parts)), self.prefix, self.image_at, **text)
+        return Rows(normalise(torch.cat(parts)), self.prefix, self.image, **text)
 
     def _photos(self, index: Tensor, flip: Tensor) -> Tensor:
         device = self.photos.device
@@ -133,7 +133,7 @@ class Check:
             k: torch.from_numpy(np.stack([self.laid[i][k] for i in span])).to(device)
             for k in self.laid[0]
         }
-        return Rows(pixels * (not blank), bank.prefix, bank.image_at, **text)
+        return Rows(pixels * (not blank), bank.prefix, bank.image, **text)
 
 
 def rank_loss(rows: Rows, logp: Tensor, asked: Tensor, ranked: Tensor) -> Tensor:

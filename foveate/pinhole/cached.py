@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from foveate.pinhole.assembly import IMAGE_SIZE, IMAGE_TOKENS, PATCH_SIZE
 from foveate.pinhole.bank import normalise, rank_loss, resized
-from foveate.pinhole.mix import EasyRows, PhotoRows, Row, Segment, Writer, scene_row
+from foveate.pinhole.mix import ClipRows, EasyRows, PhotoRows, Row, Segment, Writer, scene_row
 from foveate.pinhole.packed import Rows, Student
+from foveate.tasks import video
 from foveate.tasks.example import Example
 from foveate.tasks.photos import Photos
 
@@ -38,6 +39,8 @@ Array = NDArray[Any]
 SIDE = IMAGE_SIZE // PATCH_SIZE
 TEXT = 208
 DRAWN = 6  # rows of drawn scenes a step, beside the stored images
+CLIPS = 4  # rows of clips of those images
+FRAMES = (3, 4, 6)
 EASY = 0.15  # the share of easy-VQA among those
 SHARPNESS = 12.0
 RANK_WEIGHT = 0.5
@@ -154,7 +157,7 @@ def align(
 class Lessons:
     """Batches of rows: photos and easy-VQA images by cached features, scenes drawn anew each time.
 
-    Cached features hold the photos first, then ``easy_count`` easy-VQA images.
+    Cached features hold the photos first, then ``easy_count`` easy-VQA images; clips are of both.
     """
 
     def __init__(
@@ -164,11 +167,10 @@ class Lessons:
         easy_count: int,
         writer: Writer,
         backgrounds: Sequence[Image.Image] = (),
+        clips: Sequence[ClipRows] = (),
     ) -> None:
         self.photos, self.easy, self.easy_count, self.writer = photos, easy, easy_count, writer
-        self.backgrounds = backgrounds
-        ids, self.image_at = writer.prefix
-        self.prefix = torch.tensor(ids)
+        self.backgrounds, self.clips = backgrounds, clips
 
     def stored(
         self, features: Features, rng: random.Random, draw: torch.Generator, size: int, stride: int
@@ -190,24 +192,38 @@ class Lessons:
             features = student.features(normalise(resized(torch.from_numpy(pixels)))).float()
         return self.rows(features, cells(size, stride, draw), self._laid(made))
 
-    def _laid(self, made: Sequence[Row]) -> dict[str, Tensor]:
+    def filmed(
+        self, features: Features, rng: random.Random, draw: torch.Generator, size: int, stride: int
+    ) -> Rows:
+        """``size`` rows about clips of stored images, all of as many frames."""
+        frames = rng.choice(FRAMES)
+        made = [rng.choice(self.clips).row(rng, frames) for _ in range(size)]
+        shown = features.take([i for row in made for i in row.frames])
+        chosen = cells(size * frames, stride, draw).view(size, frames, -1)
+        chosen = chosen + torch.arange(frames)[:, None] * IMAGE_TOKENS
+        text = self._laid(made, frames)
+        return self.rows(shown.view(size, -1, features.width), chosen.flatten(1), text, frames)
+
+    def _laid(self, made: Sequence[Row], images: int = 1) -> dict[str, Tensor]:
         """The arrays of ``Writer.lay``, (B, S), with no more padding than the longest row needs."""
-        laid = [self.writer.lay(one.segments, TEXT) for one in made]
+        laid = [self.writer.lay(one.segments, TEXT, images=images) for one in made]
         length = max(int((one["segment"] >= 0).sum()) for one in laid)
         return {k: torch.from_numpy(np.stack([one[k][:length] for one in laid])) for k in laid[0]}
 
-    def rows(self, features: Tensor, chosen: Tensor, arrays: dict[str, Tensor]) -> Rows:
-        """Rows over ``features`` (B, tokens, D) that show the patches ``chosen`` (B, n)."""
-        end = self.image_at + IMAGE_TOKENS
-        head = torch.cat([self.prefix[: self.image_at], self.prefix[end:]])
-        image = torch.zeros(chosen.shape[1], dtype=torch.long)
-        prefix = torch.cat([head[: self.image_at], image, head[self.image_at :]])
-        every = torch.arange(len(self.prefix)).expand(len(chosen), -1)
-        places = torch.cat(
-            [every[:, : self.image_at], chosen + self.image_at, every[:, end:]], dim=1
-        )
+    def rows(
+        self, features: Tensor, chosen: Tensor, arrays: dict[str, Tensor], images: int = 1
+    ) -> Rows:
+        """Rows over ``features`` (B, images · tokens, D) that show the patches ``chosen`` (B, n).
+
+        Every row shows as many of each image, in ascending order.
+        """
+        ids, at = map(torch.tensor, self.writer.prefix(images))
+        is_text = torch.ones(len(ids), dtype=torch.bool).index_fill(0, at, False)
+        text = is_text.nonzero()[:, 0].expand(len(chosen), -1)
+        places = torch.cat([text, at[chosen]], dim=1).sort(-1).values
+        image = (~is_text[places[0]]).nonzero()[:, 0]
         shown = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
-        return Rows(shown, prefix, self.image_at, **arrays, places=places)
+        return Rows(shown, ids[places[0]], image, **arrays, places=places)
 
     def _one(self, rng: random.Random) -> Row:
         easy = rng.random() < EASY
@@ -250,6 +266,7 @@ class CachedRun:
         checks: ``(name, examples)`` of validation tasks, a few hundred in all.
         counts: photos and easy-VQA images to encode.
         drawn: rows of drawn scenes in every step of tuning.
+        clips: rows of clips in every step.
     """
 
     def __init__(
@@ -261,14 +278,17 @@ class CachedRun:
         counts: tuple[int, int],
         *,
         drawn: int = DRAWN,
+        clips: int = CLIPS,
         seed: int = 0,
     ) -> None:
         self.student, self.out, self.drawn, self.seed = student, out, drawn, seed
+        self.clips = clips
         self.writer = Writer(out / "processor" / "tokenizer.json")
         some = photos.first(counts[0])
         self.easy = EasyRows()
         grounds = [some.image(i) for i in range(0, len(some), 10)] if drawn else []
-        self.lessons = Lessons(PhotoRows(some), self.easy, counts[1], self.writer, grounds)
+        lessons = PhotoRows(some), self.easy, counts[1], self.writer, grounds
+        self.lessons = Lessons(*lessons, _clips(some, counts) if clips else ())
         self._photos, self._checks, self._counts = some, checks, counts
         self.features = Features(out / "train.features", sum(counts))
         self.checked = Features(out / "check.features", sum(map(len, checks.values())))
@@ -307,7 +327,7 @@ class CachedRun:
             s.answer for s in self.easy.by_image[number] if s.answer not in ("yes", "no")
         )
 
-    def tune(self, minutes: float, check_every: float, batch: int = 8) -> Iterator[str]:
+    def tune(self, minutes: float, check_every: float, batch: int = 6) -> Iterator[str]:
         """Step 3, by the clock: a checkpoint every five minutes, checks as often as told (s)."""
         parts = list(self.student.projector.parameters())
         deltas = list(self.student.language.parameters())
@@ -348,6 +368,9 @@ class CachedRun:
         total = self._learn(*self.lessons.stored(self.features, rng, draw, batch, stride))
         if self.drawn:
             total += self._learn(self.lessons.drawn(self.student, rng, draw, self.drawn, stride))
+        if self.clips:
+            few = min(2 * stride, 4)
+            total += self._learn(self.lessons.filmed(self.features, rng, draw, self.clips, few))
         torch.nn.utils.clip_grad_norm_(parts, 1.0)
         optimizer.step()
         return total
@@ -399,7 +422,13 @@ class CachedRun:
 
 def _stride(done: float) -> int:
     """Few patches while much is new, all of them at the end."""
-    return 4 if done < 0.3 else 2 if done < 0.85 else 1
+    return 4 if done < 0.3 else 2 if done < 0.9 else 1
+
+
+def _clips(some: Photos, counts: tuple[int, int]) -> list[ClipRows]:
+    """Clips of the stored photos, and of the stored easy-VQA images."""
+    shown = video.photo_gallery(some), video.shape_gallery("train")
+    return [ClipRows(shown[0], 0, counts[0]), ClipRows(shown[1], *counts)]
 
 
 class Lazy(Sequence[Image.Image]):

@@ -10,7 +10,8 @@ import multiprocessing
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, lru_cache
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from foveate.loading import evenly
 from foveate.pinhole.assembly import IMAGE_TOKEN, IMAGE_TOKENS
-from foveate.tasks import easyvqa, scenes
+from foveate.tasks import easyvqa, scenes, video
 from foveate.tasks.flickr8k import CAPTION_QUESTION, Labels, question
 from foveate.tasks.lexicon import Thing, things, words
 from foveate.tasks.photos import Photos, sentence
@@ -55,7 +57,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Row:
-    """A training row before it is laid out: a drawn image, or ``index`` of a stored one."""
+    """A training row before it is laid out: a drawn image, or ``index`` of a stored one.
+
+    A clip has the stored images ``frames`` instead.
+    """
 
     source: str
     segments: list[Segment]
@@ -63,6 +68,7 @@ class Row:
     pixels: Array | None = None
     flip: bool = False
     ranked: tuple[int, ...] = ()
+    frames: tuple[int, ...] = ()
 
 
 class Writer:
@@ -73,23 +79,25 @@ class Writer:
 
         self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
         self.ids = lru_cache(50_000)(self._ids)
+        self.prefix = cache(self._prefix)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    @cached_property
-    def prefix(self) -> tuple[tuple[int, ...], int]:
-        """Token ids before any question, and where the image begins among them."""
-        head = self.ids(HEADER)
-        image = self.ids(IMAGE_TOKEN) * IMAGE_TOKENS
-        return head + image + self.ids("\n"), len(head)
+    def _prefix(self, images: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids before any question, and the places of the images' tokens among them."""
+        image = self.ids(IMAGE_TOKEN)
+        ids = self.ids(HEADER) + (image * IMAGE_TOKENS + self.ids("\n")) * images
+        return ids, tuple(i for i, token in enumerate(ids) if token in image)
 
-    def lay(self, segments: Sequence[Segment], length: int = TEXT) -> dict[str, Array]:
+    def lay(
+        self, segments: Sequence[Segment], length: int = TEXT, *, images: int = 1
+    ) -> dict[str, Array]:
         """(S,) arrays text, segment, position, target, weight; what does not fit is left out."""
         out = {n: np.zeros(length, np.int64) for n in ("text", "position")}
         out |= {n: np.full(length, v, np.int64) for n, v in (("segment", -1), ("target", -100))}
         out["weight"] = np.zeros(length, np.float32)
-        start = len(self.prefix[0])
+        start = len(self.prefix(images)[0])
         at = 0
         for number, one in enumerate(segments):
             asked, answer = self.ids(one.question + TURN), self.ids(one.answer + END)
@@ -199,6 +207,59 @@ class EasyRows:
         segments = list(self.by_image[self.numbers[place]])
         rng.shuffle(segments)
         return Row("easy", segments, place)
+
+
+class ClipRows:
+    """Rows about clips of stored pictures: what they show, in which part, what comes first.
+
+    Args:
+        gallery: the pictures and what each shows.
+        first: the number of its first picture among the stored ones.
+        count: how many of its pictures are stored.
+    """
+
+    def __init__(self, gallery: video.Gallery, first: int, count: int) -> None:
+        self.asked, self.first = gallery.asked, first
+        self.table = np.array(gallery.labels.table[:count])
+
+    def row(self, rng: random.Random, frames: int) -> Row:
+        chosen = rng.sample(range(len(self.table)), frames)
+        seen = self.table[chosen]
+        known = np.flatnonzero((seen >= 0).all(0))
+        segments = self._what(rng, seen, known) + self._when(rng, seen, known)
+        rng.shuffle(segments)
+        return Row("clip", segments, frames=tuple(self.first + i for i in chosen))
+
+    def _what(self, rng: random.Random, seen: Array, known: Array) -> list[Segment]:
+        """Up to four; of each thing as many yes as no, in expectation over clips."""
+        absent, told = (self.table == 0).sum(0), (self.table >= 0).sum(0)
+        asked = []
+        for t in known:
+            no = comb(int(absent[t]), len(seen))  # so many clips do not show it
+            yes = comb(int(told[t]), len(seen)) - no
+            shown = bool(seen[:, t].any())
+            same, opposite = (yes, no) if shown else (no, yes)
+            if rng.random() * same < opposite:
+                text = video.what(*self.asked[t])
+                asked.append(Segment(text, "yes" if shown else "no"))
+        rng.shuffle(asked)
+        return asked[:4]
+
+    def _when(self, rng: random.Random, seen: Array, known: Array) -> list[Segment]:
+        """Up to two of things that one part alone shows, and two of which comes first."""
+        part = np.array(evenly(video.LENGTH, len(seen))) // video.THIRD
+        at = {int(t): np.flatnonzero(seen[:, t]) for t in known if seen[:, t].any()}
+        once = [t for t in at if len(set(part[at[t]])) == 1]
+        asked = [
+            Segment(video.where(*self.asked[t]), video.PARTS[part[at[t][0]]])
+            for t in rng.sample(once, min(2, len(once)))
+        ]
+        pairs = [(a, b) for a in at for b in at if at[a].max() < at[b].min()]
+        for pair in rng.sample(pairs, min(2, len(pairs))):
+            names = [self.asked[t][1] for t in pair]
+            text = video.order(*rng.sample(names, 2))
+            asked.append(Segment(text, names[0]))
+        return asked
 
 
 def scene_row(kind: str, rng: random.Random, backgrounds: Sequence[Image.Image]) -> Row:

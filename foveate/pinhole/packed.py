@@ -55,7 +55,7 @@ class Rows:
 
     pixels: Tensor  # (B, 3, H, W) normalised, or features (B, n, Dv) made before
     prefix: Tensor  # (P,) token ids, the image's placeholders included
-    image_at: int  # where in the prefix the image begins
+    image: Tensor  # (n,) places in the prefix where the image's tokens stand
     text: Tensor  # (B, S) token ids
     segment: Tensor  # (B, S) number of the segment, -1 padding
     position: Tensor  # (B, S) position, counted from the row's start
@@ -161,8 +161,7 @@ class Student(nn.Module):
         """Last hidden states of the text places: (B, S, D)."""
         table = self.get("model.language_model.embed_tokens.weight")
         head = table[rows.prefix].expand(image.shape[0], -1, -1)
-        end = rows.image_at + image.shape[1]
-        head = torch.cat([head[:, : rows.image_at], image, head[:, end:]], 1)
+        head = head.index_copy(1, rows.image, image)
         x = torch.cat([head, table[rows.text]], 1)
         prefix = head.shape[1]
         cos, sin = self._rotary(rows.position, rows.places, prefix)

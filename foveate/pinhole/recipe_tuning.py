@@ -82,7 +82,7 @@ def batch(lessons: Sequence[Lesson], writer: Writer) -> dict[str, Any]:
 
     ``logits_to_keep`` is n: the head need not look at rows that nothing is learnt from.
     """
-    prefix, _ = writer.prefix
+    prefix, _ = writer.prefix()
     segments = [segment for lesson in lessons for segment in lesson.asked]
     said = [writer.ids(segment.answer + END) for segment in segments]
     whole = [

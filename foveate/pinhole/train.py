@@ -98,12 +98,12 @@ class Trainer:
             if settings.check
         ]
         easy = self.mix.easy
-        ids, image_at = writer.prefix
+        ids, image = writer.prefix()
         self.bank = Bank(
             pictures.to(self.device),
             stored((easy.task.image(n) for n in easy.numbers), 64).to(self.device),
             torch.tensor(ids, device=self.device),
-            image_at,
+            torch.tensor(image, device=self.device),
         )
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.student = make_student(state, settings, dtype).to(self.device)

@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageChops, ImageStat
@@ -24,7 +23,7 @@ from foveate.tasks import easyvqa
 from foveate.tasks.example import Example, matches
 from foveate.tasks.flickr8k import Labels
 from foveate.tasks.lexicon import things
-from foveate.tasks.photos import photos
+from foveate.tasks.photos import Photos, photos
 
 KINDS = ("what", "order", "where")
 PICKS = ("even", "changed")
@@ -56,9 +55,8 @@ class Gallery:
         return frozenset(self.labels.photos(thing, label))
 
 
-def photo_gallery(data: str | Path | None, split: str) -> Gallery:
+def photo_gallery(some: Photos) -> Gallery:
     """Captioned photos; the things are those of ``flickr8k-yesno``."""
-    some = photos(data, split)
     asked = tuple((thing.verb, thing.phrase) for thing in things())
     return Gallery(asked, Labels.of([captions for _, captions in some.rows]), some.image)
 
@@ -84,6 +82,24 @@ def _one_of(words: Sequence[str], said: set[str]) -> list[int]:
     """Labels of ``words``, of which a picture shows exactly one."""
     known = bool(said & set(words))
     return [int(word in said) if known else -1 for word in words]
+
+
+def what(verb: str, phrase: str) -> str:
+    """The question whether a thing is seen."""
+    return f"{verb} there {phrase} in the video?"
+
+
+def order(one: str, other: str) -> str:
+    """The question which of two things is seen first."""
+    return f"Which comes first in the video, {one} or {other}?"
+
+
+def where(verb: str, phrase: str) -> str:
+    """The question in which of the PARTS a thing is seen."""
+    return (
+        f"In which part of the video {verb.lower()} there {phrase}: "
+        "the beginning, the middle or the end?"
+    )
 
 
 @dataclass(frozen=True)
@@ -165,9 +181,8 @@ class Video:
         place = rng.randrange(len(shots))
         if first:
             shots[place] = self._replaced(shots[place], rng, *subject)
-        verb, phrase = self.gallery.asked[subject[0]]
         answer = "yes" if first else "no"
-        return _Asked(shots, f"{verb} there {phrase} in the video?", answer, answer)
+        return _Asked(shots, what(*self.gallery.asked[subject[0]]), answer, answer)
 
     def _order(self, rng: random.Random, subject: tuple[int, ...], first: bool) -> _Asked:
         a, b = rng.sample(subject, 2)
@@ -176,20 +191,15 @@ class Video:
         for place, thing, other in zip(places, (a, b), (b, a), strict=True):
             shots[place] = self._replaced(shots[place], rng, thing, other)
         named = (self.gallery.asked[a][1], self.gallery.asked[b][1])
-        question = f"Which comes first in the video, {named[0]} or {named[1]}?"
         answer, kind = (named[0], "named first") if first else (named[1], "named second")
-        return _Asked(shots, question, answer, kind, named)
+        return _Asked(shots, order(*named), answer, kind, named)
 
     def _where(self, rng: random.Random, subject: tuple[int, ...], first: bool) -> _Asked:
         shots = _shots(rng, self._without(subject))
         third = rng.sample(range(3), 2)[first]
         place = third * SHOTS + rng.randrange(SHOTS)
         shots[place] = self._replaced(shots[place], rng, *subject)
-        verb, phrase = self.gallery.asked[subject[0]]
-        question = (
-            f"In which part of the video {verb.lower()} there {phrase}: "
-            "the beginning, the middle or the end?"
-        )
+        question = where(*self.gallery.asked[subject[0]])
         return _Asked(shots, question, PARTS[third], PARTS[third], PARTS)
 
     def _without(self, some: Sequence[int]) -> list[int]:
@@ -267,6 +277,6 @@ def task(name: str, options: dict[str, Any], *, data: Any, split: str, **how: An
         raise ValueError(f"frames is {frames!r}; a clip has 1 to {LENGTH}, as in {name}:frames=4.")
     if pick not in PICKS:
         raise ValueError(f"pick is {pick!r}; take one of {', '.join(PICKS)}.")
-    gallery = shape_gallery(split) if of else photo_gallery(data, split)
+    gallery = shape_gallery(split) if of else photo_gallery(photos(data, split))
     said = [f"frames={frames}"] + ([f"pick={pick}"] if pick != PICKS[0] else [])
     return Video(f"{name}:{','.join(said)}", kind, gallery, frames, pick, split, **how)
