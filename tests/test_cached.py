@@ -17,14 +17,17 @@ import torch
 from PIL import Image
 
 from foveate.pinhole import cached, mix
+from foveate.pinhole.align import Covered, Names, Vocabulary, align
 from foveate.pinhole.assembly import IMAGE_TOKENS
-from foveate.pinhole.bank import RANK_SHARPNESS, rank_loss
-from foveate.pinhole.cached import CachedRun, Features, Vocabulary, align, cells
+from foveate.pinhole.bank import RANK_SHARPNESS, normalise, rank_loss, resized
+from foveate.pinhole.cached import CachedRun
+from foveate.pinhole.features import SIDE, Features, cells, stacked
 from foveate.pinhole.mix import RANKED
 from foveate.pinhole.packed import Student
 from foveate.tasks import video
 from foveate.tasks.flickr8k import Labels
 from foveate.tasks.photos import photos
+from foveate.tasks.scenes import Item
 
 SAID = [
     ["a dog runs over grass .", "the dog is on grass ."],
@@ -78,7 +81,7 @@ def test_features_are_the_encoders(student_of: Callable[[], Student], tmp_path: 
     student, pictures = student_of(), Pictures(3)
     made = Features(tmp_path / "a.features", 3, 128)
     list(made.fill(pictures, student, batch=2))
-    pixels = cached.normalise(cached.stacked(pictures[i] for i in (2, 0)))
+    pixels = normalise(stacked(pictures[i] for i in (2, 0)))
     with torch.no_grad():
         expected = student.features(pixels)
     assert expected.shape == (2, IMAGE_TOKENS, 128)
@@ -98,7 +101,7 @@ def test_features_of_another_count_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_one_patch_of_every_cell(stride: int) -> None:
     chosen = cells(5, stride, torch.Generator().manual_seed(0))
-    side, per = cached.SIDE, cached.SIDE // stride
+    side, per = SIDE, SIDE // stride
     assert chosen.shape == (5, per * per)
     assert (chosen.diff(dim=1) > 0).all() or stride == 1
     for row in chosen.tolist():
@@ -220,6 +223,7 @@ def start(
     monkeypatch.setattr(cached, "time", clock)
     monkeypatch.setattr(cached, "TEXT", 40)
     monkeypatch.setattr(cached, "FRAMES", (2, 3))
+    monkeypatch.setattr(cached, "SCENES", 2)
     monkeypatch.setattr(CachedRun, "_update", timed)
 
     def begin(name: str) -> CachedRun:
@@ -378,15 +382,59 @@ def test_what_is_asked_about_clips_is_true_and_tells_nothing() -> None:
 def test_scenes_are_drawn_anew_and_encoded(start: Callable[[str], CachedRun]) -> None:
     run = start("drawn")
     draw = torch.Generator().manual_seed(0)
-    rows = run.lessons.drawn(run.student, random.Random(5), draw, 2, 1)
-    again = run.lessons.drawn(run.student, random.Random(5), draw, 2, 1)
-    other = run.lessons.drawn(run.student, random.Random(6), draw, 2, 1)
+    rows, covered = run.lessons.drawn(run.student, random.Random(5), draw, 2, 1)
+    again, _ = run.lessons.drawn(run.student, random.Random(5), draw, 2, 1)
+    other, _ = run.lessons.drawn(run.student, random.Random(6), draw, 2, 1)
     assert torch.equal(rows.pixels, again.pixels) and torch.equal(rows.text, again.text)
     assert not torch.equal(rows.pixels, other.pixels)
     scene = mix.scene_row("shapes", random.Random(5), run.lessons.backgrounds)
     pixels = torch.from_numpy(np.stack([scene.pixels]))  # type: ignore[list-item]
-    expected = run.student.features(cached.normalise(cached.resized(pixels)))
+    expected = run.student.features(normalise(resized(pixels)))
     torch.testing.assert_close(rows.pixels[:1], expected.detach(), rtol=1e-4, atol=1e-5)
+    words = Names.of(scene.items)
+    inside = words[:, 0] >= 0
+    count = int(inside.sum())
+    assert torch.equal(covered.words[:count], words[inside]) and len(covered.words) > count
+    assert torch.equal(covered.features[:count], rows.pixels[0, inside])
+
+
+def test_patches_are_named_by_the_shape_over_them() -> None:
+    items = [Item("red", "circle", 40, 40, 30), Item("blue", "star", 300, 200, 25)]
+    words = Names.of(items).view(SIDE, SIDE, 4)
+    centre = 336 / SIDE
+    for y in range(SIDE):
+        for x in range(SIDE):
+            at = ((x + 0.5) * centre, (y + 0.5) * centre)
+            under = [i for i in items if max(abs(at[0] - i.x), abs(at[1] - i.y)) < 0.8 * i.half]
+            told = [k[w] for k, w in zip(Names.KINDS, words[y, x].tolist(), strict=True) if w >= 0]
+            assert told == [w for i in under for w in (i.colour, i.shape, *WHERE[i.colour])]
+
+
+WHERE = {"red": ("top", "left"), "blue": ("bottom", "right")}
+
+
+def test_align_learns_what_shapes_are_and_where(
+    student_of: Callable[[], Student], tmp_path: Path
+) -> None:
+    """A patch is the sum of four directions, one of each kind: projected, it is near all four."""
+    student, draw = student_of(), torch.Generator().manual_seed(0)
+    every = [w for kind in Names.KINDS for w in kind]
+    writer = SimpleNamespace(
+        ids=lambda word: (every.index(word.strip()) if word.strip() in every else 0,)
+    )
+    table = torch.randn(len(every), 192, generator=draw)
+    names = Names(writer, table)  # type: ignore[arg-type]
+    words = torch.stack([torch.randint(0, len(k), (400,), generator=draw) for k in Names.KINDS], 1)
+    directions = [torch.randn(len(k), 128, generator=draw) for k in Names.KINDS]
+    patches = torch.stack([d[w] for d, w in zip(directions, words.T, strict=True)]).sum(0)
+    covered = Covered(patches[:300], words[:300])
+    pictures = Features(tmp_path / "a.features", 4, 128)
+    lone = SimpleNamespace(ids=lambda word: (0,))
+    known = Vocabulary(["aaa", "bbb", "ccc", "ddd"], lone, table, least=1)  # type: ignore[arg-type]
+    held = Covered(patches[300:], words[300:])
+    before = names.loss(student, held).item()
+    list(align(student, pictures, known, steps=40, scenes=(names, covered)))
+    assert names.loss(student, held).item() < 0.4 * before
 
 
 def test_the_encoder_stays_as_it_is(start: Callable[[str], CachedRun]) -> None:

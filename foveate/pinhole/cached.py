@@ -2,7 +2,8 @@
 
 1. Every photo is encoded once; its features stay in a file that an interrupted run goes on with.
 2. ``align``: the projector alone learns to send patches near the word embeddings of what the
-   captions say, without the language model (thousands of photos a second).
+   captions say, and of what drawn shapes are and where, without the language model (thousands of
+   photos a second).
 3. ``tune``: the language model's low-rank deltas and the projector learn to answer. A row holds one
    random patch of each 4 × 4, later 2 × 2 cell of the image, at its own position, so the text
    stands where it will stand in use and pinhole learns to live with missing tokens from the start;
@@ -13,145 +14,38 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from foveate.pinhole.assembly import IMAGE_SIZE, IMAGE_TOKENS, PATCH_SIZE
+from foveate.pinhole.align import Covered, Names, Vocabulary, align
+from foveate.pinhole.assembly import IMAGE_TOKENS
 from foveate.pinhole.bank import normalise, rank_loss, resized
+from foveate.pinhole.features import Features, Lazy, cells
 from foveate.pinhole.mix import ClipRows, EasyRows, PhotoRows, Row, Segment, Writer, scene_row
 from foveate.pinhole.packed import Rows, Student
 from foveate.tasks import video
 from foveate.tasks.example import Example
 from foveate.tasks.photos import Photos
+from foveate.tasks.scenes import Scene
+from foveate.tasks.scenes import draw as draw_scene
 
 Array = NDArray[Any]
-SIDE = IMAGE_SIZE // PATCH_SIZE
 TEXT = 208
-DRAWN = 6  # rows of drawn scenes a step, beside the stored images
-CLIPS = 4  # rows of clips of those images
+DRAWN = 7  # rows of drawn scenes a step, beside the stored images
+CLIPS = 3  # rows of clips of those images
 FRAMES = (3, 4, 6)
+SCENES = 480  # to align with
 EASY = 0.15  # the share of easy-VQA among those
-SHARPNESS = 12.0
 RANK_WEIGHT = 0.5
-
-
-class Features:
-    """Features (N, tokens, D) of a list of images in a file, made once and in order."""
-
-    def __init__(self, file: Path, count: int, width: int = 384) -> None:
-        self.file, self.count, self.width = file, count, width
-        self._done = file.with_suffix(".done")
-        shape = (max(count, 1), IMAGE_TOKENS, width)  # an empty file cannot be mapped
-        mode: Literal["r+", "w+"] = "r+" if file.is_file() else "w+"
-        if mode == "r+" and file.stat().st_size != np.prod(shape) * 2:
-            raise ValueError(
-                f"{file} was made for another number of images than {count}: run with the same "
-                f"--limit and --check as before, or delete {file} and {self._done}."
-            )
-        self.values: Array = np.memmap(file, np.float16, mode, shape=shape)
-
-    @property
-    def done(self) -> int:
-        return int(self._done.read_text()) if self._done.is_file() else 0
-
-    def fill(self, images: Sequence[Any], student: Student, batch: int = 16) -> Iterator[int]:
-        """Encode what is missing; yields how many images are done after each batch."""
-        for start in range(self.done, self.count, batch):
-            stop = min(start + batch, self.count)
-            pixels = stacked(images[i] for i in range(start, stop))
-            with torch.no_grad():
-                made = student.features(normalise(pixels)).float()
-            self.values[start:stop] = made.numpy().astype(np.float16)
-            self.values.flush()  # type: ignore[attr-defined]
-            self._done.write_text(str(stop))
-            yield stop
-
-    def take(self, index: Sequence[int]) -> Tensor:
-        """(B, tokens, D) in float32."""
-        return torch.from_numpy(np.stack([self.values[i] for i in index]).astype(np.float32))
-
-
-def stacked(images: Iterable[Image.Image]) -> Tensor:
-    """Images at working size, (N, 3, S, S), in 0..255."""
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    arrays = [np.asarray(i.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for i in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
-
-
-def cells(batch: int, stride: int, generator: torch.Generator) -> Tensor:
-    """One random patch of each ``stride`` × ``stride`` cell, (B, (SIDE / stride)²), ascending."""
-    per = SIDE // stride
-    row, column = torch.randint(0, stride, (2, batch, per, per), generator=generator).unbind(0)
-    row = row + torch.arange(per)[:, None] * stride
-    column = column + torch.arange(per) * stride
-    return (row * SIDE + column).flatten(1).sort(-1).values
-
-
-class Vocabulary:
-    """The words that captions use often, their embeddings, and which image has which."""
-
-    def __init__(
-        self, texts: Sequence[str], writer: Writer, table: Tensor, least: int = 12
-    ) -> None:
-        found = [set(re.findall(r"[a-z]{3,}", text.lower())) for text in texts]
-        counts = Counter(word for words in found for word in words)
-        self.words = sorted(w for w, n in counts.items() if least <= n <= len(texts) // 3)
-        if not self.words:
-            raise ValueError(
-                f"No word is in the captions of {least} and at most a third of {len(texts)} "
-                "images, so there is nothing to align with; use more photos (--limit)."
-            )
-        self.embeddings = torch.stack(
-            [table[list(writer.ids(" " + w))].float().mean(0) for w in self.words]
-        )
-        place = {w: i for i, w in enumerate(self.words)}
-        self.labels = torch.zeros(len(texts), len(self.words))
-        for i, words in enumerate(found):
-            self.labels[i, [place[w] for w in words if w in place]] = 1.0
-
-
-def align(
-    student: Student, features: Features, vocabulary: Vocabulary, *, steps: int, seed: int = 0
-) -> Iterator[tuple[int, float]]:
-    """Teach the projector the words: yields (step, loss).
-
-    An image has a word when some patch lies near its embedding: log-sum-exp over patches of the
-    cosine, a bias per word, binary cross-entropy; and patches keep the norm of embeddings.
-    """
-    target = F.normalize(vocabulary.embeddings - vocabulary.embeddings.mean(0), dim=-1)
-    norm = vocabulary.embeddings.norm(dim=-1).mean()
-    rate = vocabulary.labels.mean(0).clamp(1e-4, 1 - 1e-4)
-    bias = nn.Parameter(torch.log(rate / (1 - rate)) - 4.0)
-    parts = list(student.projector.parameters())
-    optimizer = torch.optim.AdamW([{"params": parts, "lr": 2e-3}, {"params": [bias], "lr": 2e-2}])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [2e-3, 2e-2], total_steps=steps)
-    draw = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        index = torch.randint(0, features.count, (96,), generator=draw).tolist()
-        chosen = cells(len(index), 2, draw)
-        x = features.take(index).gather(1, chosen[..., None].expand(-1, -1, features.width))
-        patches = student.project(x.to(student.dtype)).float()
-        near = F.normalize(patches - vocabulary.embeddings.mean(0), dim=-1) @ target.T
-        score = (near * SHARPNESS).logsumexp(1) + bias
-        loss = F.binary_cross_entropy_with_logits(score, vocabulary.labels[index], reduction="sum")
-        loss = loss / len(index)
-        size = (patches.norm(dim=-1) / norm - 1).square().mean()
-        optimizer.zero_grad()
-        (loss + size).backward()
-        optimizer.step()
-        schedule.step()
-        yield step, float(loss.detach())
+NAME_WEIGHT = 0.5
 
 
 class Lessons:
@@ -184,13 +78,14 @@ class Lessons:
 
     def drawn(
         self, student: Student, rng: random.Random, draw: torch.Generator, size: int, stride: int
-    ) -> Rows:
+    ) -> tuple[Rows, Covered]:
         """``size`` rows about scenes of shapes that were never shown before."""
         made = [scene_row("shapes", rng, self.backgrounds) for _ in range(size)]
         pixels = np.stack([r.pixels for r in made if r.pixels is not None])
         with torch.no_grad():
             features = student.features(normalise(resized(torch.from_numpy(pixels)))).float()
-        return self.rows(features, cells(size, stride, draw), self._laid(made))
+        rows = self.rows(features, cells(size, stride, draw), self._laid(made))
+        return rows, Covered.by(made, features)
 
     def filmed(
         self, features: Features, rng: random.Random, draw: torch.Generator, size: int, stride: int
@@ -290,8 +185,10 @@ class CachedRun:
         lessons = PhotoRows(some), self.easy, counts[1], self.writer, grounds
         self.lessons = Lessons(*lessons, _clips(some, counts) if clips else ())
         self._photos, self._checks, self._counts = some, checks, counts
+        self.names = Names(self.writer, student.get("model.language_model.embed_tokens.weight"))
         self.features = Features(out / "train.features", sum(counts))
         self.checked = Features(out / "check.features", sum(map(len, checks.values())))
+        self.scenes = Features(out / "scenes.features", SCENES if drawn else 0)
         self.seconds, self.step = 0.0, 0
 
     def encode(self) -> Iterator[int]:
@@ -308,6 +205,8 @@ class CachedRun:
         yield from self.features.fill(images, self.student)
         shown = [e.image for examples in self._checks.values() for e in examples]
         yield from self.checked.fill(shown, self.student)
+        pixels = Lazy(lambda i: self._scene(i).image, self.scenes.count)
+        yield from self.scenes.fill(pixels, self.student)
 
     def align(self, steps: int) -> Iterator[tuple[int, float]]:
         """Step 2, unless its result is there."""
@@ -319,8 +218,20 @@ class CachedRun:
         texts += [self._said(n) for n in self.easy.numbers[: self._counts[1]]]
         table = self.student.get("model.language_model.embed_tokens.weight")
         words = Vocabulary(texts, self.writer, table)
-        yield from align(self.student, self.features, words, steps=steps, seed=self.seed)
+        scenes = (self.names, self._covered()) if self.drawn else None
+        yield from align(
+            self.student, self.features, words, steps=steps, scenes=scenes, seed=self.seed
+        )
         torch.save(self.student.projector.state_dict(), file)
+
+    def _scene(self, number: int) -> Scene:
+        """A scene to align with; its shapes follow from the seed and its number."""
+        rng = random.Random(f"{self.seed} align {number}")
+        return draw_scene("count", rng, self.lessons.backgrounds, many=True)
+
+    def _covered(self) -> Covered:
+        every = range(self.scenes.count)
+        return Covered.by(map(self._scene, every), self.scenes.take(every))
 
     def _said(self, number: int) -> str:
         return " ".join(
@@ -367,7 +278,9 @@ class CachedRun:
         optimizer.zero_grad()
         total = self._learn(*self.lessons.stored(self.features, rng, draw, batch, stride))
         if self.drawn:
-            total += self._learn(self.lessons.drawn(self.student, rng, draw, self.drawn, stride))
+            rows, covered = self.lessons.drawn(self.student, rng, draw, self.drawn, stride)
+            total += self._learn(rows)
+            (NAME_WEIGHT * self.names.loss(self.student, covered)).backward()
         if self.clips:
             few = min(2 * stride, 4)
             total += self._learn(self.lessons.filmed(self.features, rng, draw, self.clips, few))
@@ -422,23 +335,10 @@ class CachedRun:
 
 def _stride(done: float) -> int:
     """Few patches while much is new, all of them at the end."""
-    return 4 if done < 0.3 else 2 if done < 0.9 else 1
+    return 4 if done < 0.3 else 2 if done < 0.95 else 1
 
 
 def _clips(some: Photos, counts: tuple[int, int]) -> list[ClipRows]:
     """Clips of the stored photos, and of the stored easy-VQA images."""
     shown = video.photo_gallery(some), video.shape_gallery("train")
     return [ClipRows(shown[0], 0, counts[0]), ClipRows(shown[1], *counts)]
-
-
-class Lazy(Sequence[Image.Image]):
-    """A sequence of images made one by one."""
-
-    def __init__(self, make: Callable[[int], Image.Image], count: int) -> None:
-        self._make, self._count = make, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._make(index)

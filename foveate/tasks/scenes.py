@@ -51,6 +51,11 @@ class Item:
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    @property
+    def place(self) -> int:
+        """Which of ``PLACES`` its centre is in."""
+        return 2 * (self.y >= SIZE / 2) + (self.x >= SIZE / 2)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -63,10 +68,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what can be asked about it."""
+    """An image, what can be asked about it, and the shapes in it."""
 
     image: Image.Image
     questions: tuple[Question, ...]
+    items: tuple[Item, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def _shapes_scene(
     for item in items:
         _paint(canvas, item, rng)
     if many:
-        return Scene(ground, _all_questions(rng, items))
+        return Scene(ground, _all_questions(rng, items), tuple(items))
     if kind == "count":
         return Scene(ground, (_count_question(rng, items, target, level, False),))
     asked = _where_question(rng, items, False)
@@ -271,13 +277,12 @@ def _clear(item: Item) -> bool:
 
 
 def _quadrant(rng: random.Random, item: Item, varied: bool) -> Question:
-    place = f"{'top' if item.y < SIZE / 2 else 'bottom'} {'left' if item.x < SIZE / 2 else 'right'}"
     forms = (
         f"In which corner of the image is the {item.name}?",
         f"Where is the {item.name}?",
         f"Where in the image is the {item.name}: top left, top right, bottom left or bottom right?",
     )
-    return Question(rng.choice(forms) if varied else forms[0], place, "quadrant")
+    return Question(rng.choice(forms) if varied else forms[0], PLACES[item.place], "quadrant")
 
 
 def _relations(rng: random.Random, a: Item, b: Item, varied: bool) -> list[Question]:
