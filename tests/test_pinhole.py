@@ -34,7 +34,8 @@ def rows(pixels: Tensor, segments: list[list[int]]) -> Rows:
     padding = 3
     fields = ((text, 0), (segment, -1), (position, 0), (target, -100))
     tensors = [torch.tensor([values + [fill] * padding]) for values, fill in fields]
-    return Rows(pixels, prefix, 2, *tensors, torch.ones_like(tensors[0], dtype=torch.float))
+    image = (prefix == miniature.IMAGE).nonzero()[:, 0]
+    return Rows(pixels, prefix, image, *tensors, torch.ones_like(tensors[0], dtype=torch.float))
 
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "apart"])
@@ -69,6 +70,21 @@ def _exact(trained: Student) -> dict[str, Tensor]:
             value.copy_(before[name])
     with patch("torch.bfloat16", torch.float32):
         return trained.export()
+
+
+def test_a_run_may_begin_with_released_weights() -> None:
+    """Only what was trained is in them: here, the language model's deltas and the projector."""
+    made, fresh = miniature.student(miniature.llava()), miniature.student(miniature.llava())
+    with torch.no_grad():
+        for stack in made.vision.values():
+            stack.b.zero_()
+    fresh.restore(made.export())
+    for (name, a), (_, b) in zip(fresh.named_parameters(), made.named_parameters(), strict=True):
+        if not name.startswith("vision"):
+            torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+    other = {k: v[:-1] if k.endswith(weights.A) else v for k, v in made.export().items()}
+    with pytest.raises(ValueError, match="give --rank"):
+        fresh.restore(other)
 
 
 def test_only_deltas_and_projector_are_trained() -> None:
@@ -119,7 +135,7 @@ def test_a_batch_of_the_bank_is_at_working_size(monkeypatch: pytest.MonkeyPatch)
     planes = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None] for i in (easy, drawn)]
     flat = torch.full((2, 3, 224, 224), 90, dtype=torch.uint8)
     flat[1] += 60
-    bank = Bank(flat, planes[0], torch.zeros(5, dtype=torch.long), 1)
+    bank = Bank(flat, planes[0], torch.zeros(5, dtype=torch.long), torch.arange(1))
     batch = {"photo": np.array([1]), "flip": np.array([False]), "easy": np.array([0])}
     batch |= {"drawn": planes[1].numpy()}
     batch |= {k: np.zeros((3, 4), np.int64) for k in ("text", "segment", "position", "target")}

@@ -239,12 +239,24 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def restore(self, trained: Mapping[str, Tensor]) -> None:
-        """The inverse of ``export``."""
+        """The inverse of ``export``; deltas that it left out stay as they are.
+
+        Raises:
+            ValueError: for deltas of another rank.
+        """
         for pattern, stacks in ((LANGUAGE, self.language), (VISION, self.vision)):
             for name, stack in stacks.items():
                 assert isinstance(stack, Stack)
                 for i in range(stack.a.shape[0]):
                     key = pattern.format(i) + name.replace("-", ".") + ".weight"
+                    if key + A not in trained:
+                        continue
+                    rank, mine = trained[key + A].shape[0], stack.a.shape[1]
+                    if rank != mine:
+                        raise ValueError(
+                            f"The deltas to begin with have rank {rank}, this run has {mine}; "
+                            f"give --rank {rank}."
+                        )
                     stack.a[i].copy_(trained[key + A])
                     stack.b[i].copy_(trained[key + B].float() / SCALE)
         for key, value in self.projector.items():

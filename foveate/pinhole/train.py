@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.pinhole import assembly, weights
@@ -61,6 +62,7 @@ class Settings:
     warm_up: float = 0.03
     clip: float = 1.0
     max_steps: int | None = None
+    begin: str = ""
 
 
 @dataclass
@@ -291,8 +293,8 @@ def _work(mix: Mix, number: int, out: Any) -> None:
 def make_student(
     state: weights.State, settings: Settings, dtype: torch.dtype, *, merged: bool = True
 ) -> Student:
-    """The trainable model over the base ``state``."""
-    return Student(
+    """The trainable model over the base ``state``, new or with the weights ``settings.begin``."""
+    student = Student(
         state,
         Sizes(),
         positions(state),
@@ -301,6 +303,9 @@ def make_student(
         dtype=dtype,
         merged=merged,
     )
+    if settings.begin:
+        student.restore(load_file(settings.begin))
+    return student
 
 
 def positions(state: weights.State) -> Tensor:
@@ -315,8 +320,6 @@ def positions(state: weights.State) -> Tensor:
 
 
 def write_weights(tensors: weights.State, file: Path, about: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
     temporary = file.with_suffix(".part")
     save_file(tensors, temporary, metadata=about)
     temporary.replace(file)
@@ -346,7 +349,7 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
         for done in run.encode():
             bar.update(job, completed=done)
         job = bar.add_task("aligning the projector", total=ALIGN_STEPS)
-        for step, loss in run.align(ALIGN_STEPS):
+        for step, loss in () if settings.begin else run.align(ALIGN_STEPS):
             bar.update(job, completed=step + 1, description=f"aligning, loss {loss:.2f}")
             if step % 100 == 0:
                 print(f"align step {step} loss {loss:.3f}", flush=True)
@@ -482,6 +485,9 @@ def main(
     check: Annotated[int, typer.Option(help="examples per task in the checks, 0 for none")] = 256,
     check_every: float = 120.0,
     max_steps: int | None = None,
+    begin: Annotated[
+        Path | None, typer.Option(help="weights to begin with, instead of aligning the projector")
+    ] = None,
     rank_weight: float = 0.2,
     lr: Annotated[float | None, typer.Option(help="peak: 8e-4, with a recipe 3e-4")] = None,
     vision_lr: float = 3e-4,
@@ -504,6 +510,7 @@ def main(
         lr=lr or (3e-4 if recipe else 8e-4),
         vision_lr=vision_lr,
         rank=rank,
+        begin=str(begin or ""),
     )
     if recipe:
         train_recipe(settings, out, data, recipe, device)
