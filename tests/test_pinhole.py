@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.pinhole import assembly, release, weights
@@ -278,3 +278,14 @@ def test_weights_too_large_to_ship_are_refused(
     monkeypatch.setattr(release, "LARGEST", 10)
     with pytest.raises(ValueError, match="--rank"):
         release.release(trained, [], tmp_path / "target", tmp_path / "card.md")
+
+
+def test_a_release_may_be_an_average(tmp_path: Path, trained: Path) -> None:
+    one = load_file(trained)
+    save_file({k: v + 1 for k, v in one.items()}, tmp_path / "other.safetensors")
+    target, card = tmp_path / "weights.safetensors", tmp_path / "card.md"
+    release.release(trained, [], target, card, tmp_path / "other.safetensors", 0.75)
+    for name, value in load_file(target).items():
+        torch.testing.assert_close(value, (one[name] + 0.25).to(value.dtype), atol=0.02, rtol=0.02)
+    with pytest.raises(ValueError, match="cannot be averaged"):
+        release.average(one, dict(list(one.items())[1:]), 0.5)

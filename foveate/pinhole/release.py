@@ -27,8 +27,18 @@ LARGEST = 40 * 2**20
 KEPT = ("task", "blank", "n", "score", "ci_low", "ci_high")
 
 
-def release(trained: Path, scores: Sequence[Path], target: Path, card: Path) -> None:
-    """``trained`` to ``target``, with all ``scores`` in its metadata and as a table in ``card``."""
+def release(
+    trained: Path,
+    scores: Sequence[Path],
+    target: Path,
+    card: Path,
+    other: Path | None = None,
+    share: float = 0.5,
+) -> None:
+    """``trained`` to ``target``, with all ``scores`` in its metadata and as a table in ``card``.
+
+    With ``other``, the average of both files is released (``average``).
+    """
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -46,8 +56,24 @@ def release(trained: Path, scores: Sequence[Path], target: Path, card: Path) -> 
         text = written(card, {**measured[0], "rows": rows})
         about["scores"] = json.dumps([_short(row) for row in rows])
         card.write_text(text)
-    write_weights(load_file(trained), target, about)
+    tensors = load_file(trained)
+    if other is not None:
+        tensors = average(tensors, load_file(other), share)
+        about["averaged"] = f"{share:g} of these, {1 - share:g} of an earlier point of the run"
+    write_weights(tensors, target, about)
     target.chmod(0o644)
+
+
+def average(one: weights.State, other: weights.State, share: float) -> weights.State:
+    """Weights of two points of one run: ``share`` of ``one``, the rest of ``other``, in bf16.
+
+    Raises:
+        ValueError: for weights of different layers or ranks.
+    """
+    if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in other.items()}:
+        raise ValueError("The two files have other layers or ranks, so they cannot be averaged.")
+    mixed = {k: share * one[k].float() + (1 - share) * other[k].float() for k in one}
+    return {k: v.to(one[k].dtype).contiguous() for k, v in mixed.items()}
 
 
 def written(card: Path, measured: dict[str, Any]) -> str:
@@ -80,12 +106,14 @@ def main(
     trained: Annotated[Path, typer.Argument(help="weights.safetensors of a training run")],
     scores: Annotated[list[Path] | None, typer.Argument(help="JSON of foveate eval")] = None,
     card: Annotated[Path, typer.Option(help="the model card")] = Path("docs/pinhole.md"),
+    other: Annotated[Path | None, typer.Option(help="weights to average them with")] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="of TRAINED in the average")] = 0.5,
 ) -> None:
     """Put trained weights into the package, with their scores when they are given."""
     from safetensors import SafetensorError
 
     try:
-        release(trained, scores or [], weights.file(), card)
+        release(trained, scores or [], weights.file(), card, other, share)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         said = (
             f"{' '.join(map(str, scores or []))} lacks {error}"
