@@ -15,12 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.pinhole.features import SIDE, Features, cells
+from foveate.pinhole.features import SIDE, Features, cells, picked
 from foveate.pinhole.mix import Row, Writer
 from foveate.pinhole.packed import Student
 from foveate.tasks.scenes import COLOURS, PLACES, SHAPES, SIZE, Item, Scene
 
 SHARPNESS = 12.0
+
+
+def _embedded(words: Iterable[str], writer: Writer, table: Tensor) -> Tensor:
+    """(words, D): the mean embedding of each word's tokens, as it stands after a space."""
+    return torch.stack([table[list(writer.ids(" " + w))].float().mean(0) for w in words])
 
 
 class Vocabulary:
@@ -37,9 +42,7 @@ class Vocabulary:
                 f"No word is in the captions of {least} and at most a third of {len(texts)} "
                 "images, so there is nothing to align with; use more photos (--limit)."
             )
-        self.embeddings = torch.stack(
-            [table[list(writer.ids(" " + w))].float().mean(0) for w in self.words]
-        )
+        self.embeddings = _embedded(self.words, writer, table)
         place = {w: i for i, w in enumerate(self.words)}
         self.labels = torch.zeros(len(texts), len(self.words))
         for i, words in enumerate(found):
@@ -77,7 +80,7 @@ class Names:
         self._mean = table.float().mean(0)
         self._directions = []
         for words in self.KINDS:
-            made = torch.stack([table[list(writer.ids(" " + w))].float().mean(0) for w in words])
+            made = _embedded(words, writer, table)
             self._directions.append(F.normalize(made - made.mean(0), dim=-1))
 
     @classmethod
@@ -128,7 +131,7 @@ def align(
     for step in range(steps):
         index = torch.randint(0, features.count, (96,), generator=draw).tolist()
         chosen = cells(len(index), 2, draw)
-        x = features.take(index).gather(1, chosen[..., None].expand(-1, -1, features.width))
+        x = picked(features.take(index), chosen)
         patches = student.project(x.to(student.dtype)).float()
         near = F.normalize(patches - vocabulary.embeddings.mean(0), dim=-1) @ target.T
         score = (near * SHARPNESS).logsumexp(1) + bias

@@ -28,7 +28,7 @@ from torch import Tensor
 from foveate.pinhole.align import Covered, Names, Vocabulary, align
 from foveate.pinhole.assembly import IMAGE_TOKENS
 from foveate.pinhole.bank import normalise, rank_loss, resized
-from foveate.pinhole.features import Features, Lazy, cells
+from foveate.pinhole.features import Features, Lazy, cells, picked
 from foveate.pinhole.mix import ClipRows, EasyRows, PhotoRows, Row, Segment, Writer, scene_row
 from foveate.pinhole.packed import Rows, Student
 from foveate.tasks import video
@@ -117,8 +117,7 @@ class Lessons:
         text = is_text.nonzero()[:, 0].expand(len(chosen), -1)
         places = torch.cat([text, at[chosen]], dim=1).sort(-1).values
         image = (~is_text[places[0]]).nonzero()[:, 0]
-        shown = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
-        return Rows(shown, ids[places[0]], image, **arrays, places=places)
+        return Rows(picked(features, chosen), ids[places[0]], image, **arrays, places=places)
 
     def _one(self, rng: random.Random) -> Row:
         easy = rng.random() < EASY
@@ -205,8 +204,6 @@ class CachedRun:
         yield from self.features.fill(images, self.student)
         shown = [e.image for examples in self._checks.values() for e in examples]
         yield from self.checked.fill(shown, self.student)
-        pixels = Lazy(lambda i: self._scene(i).image, self.scenes.count)
-        yield from self.scenes.fill(pixels, self.student)
 
     def align(self, steps: int) -> Iterator[tuple[int, float]]:
         """Step 2, unless its result is there."""
@@ -231,6 +228,9 @@ class CachedRun:
 
     def _covered(self) -> Covered:
         every = range(self.scenes.count)
+        images = Lazy(lambda i: self._scene(i).image, len(every))
+        for _ in self.scenes.fill(images, self.student):  # here: only alignment needs them
+            pass
         return Covered.by(map(self._scene, every), self.scenes.take(every))
 
     def _said(self, number: int) -> str:

@@ -72,6 +72,11 @@ def cells(batch: int, stride: int, generator: torch.Generator) -> Tensor:
     return (row * SIDE + column).flatten(1).sort(-1).values
 
 
+def picked(features: Tensor, chosen: Tensor) -> Tensor:
+    """The patches ``chosen`` (B, n) of ``features`` (B, tokens, D)."""
+    return features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
+
+
 class Lazy(Sequence[Image.Image]):
     """A sequence of images made one by one."""
 
