@@ -12,12 +12,13 @@ import miniature
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foveate.pinhole import assembly, release, weights
+from foveate.pinhole import assembly, release, train, weights
 from foveate.pinhole.bank import Bank, normalise, resized
 from foveate.pinhole.packed import Rows, Student
 
@@ -85,6 +86,11 @@ def test_a_run_may_begin_with_released_weights() -> None:
     other = {k: v[:-1] if k.endswith(weights.A) else v for k, v in made.export().items()}
     with pytest.raises(ValueError, match="give --rank"):
         fresh.restore(other)
+
+
+def test_a_recipe_has_weights_of_its_own_to_begin_with(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="without --begin"):
+        train.main(recipe="prumerge", begin=tmp_path / "weights.safetensors")
 
 
 def test_only_deltas_and_projector_are_trained() -> None:

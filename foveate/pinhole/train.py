@@ -495,6 +495,8 @@ def main(
     seed: int = 0,
 ) -> None:
     """Train pinhole's projector and low-rank deltas."""
+    if recipe and begin:
+        raise typer.BadParameter("--recipe tunes the released weights; give it without --begin.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(
         minutes=minutes,
