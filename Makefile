@@ -25,7 +25,8 @@ lmms: .venv-lmms/ready
 
 matrix: .venv/dev
 	$(BIN)/python -m pytest -n 2 -m "not heavy" --write-matrix \
-		tests/test_contract.py tests/test_mixed.py tests/test_training.py
+		tests/test_contract.py tests/test_mixed.py tests/test_training.py \
+		tests/test_encoded.py tests/test_search.py tests/test_cli_search.py
 
 check: .venv/dev
 	$(BIN)/ruff check .

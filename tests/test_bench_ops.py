@@ -90,8 +90,8 @@ def test_the_command(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(ops, "merging", lambda *_: ops.Work("m", {"foveate": lambda: 1}))
     words = ["--rows", "40,50", "--heads", "4,2,8", "--kept", "3", "--repeats", "1"]
     words += ["--json", str(tmp_path / "o.json"), "--csv", str(tmp_path / "o.csv")]
-    for _ in range(2):
-        ops.main(words)
+    ops.main(words)
+    ops.main([*words, "--profile"])
     said = json.loads((tmp_path / "o.json").read_text())
     assert {"date", "device", "dtype", "threads", "versions", "rows"} <= said.keys()
     names = ["pagerank, 40 rows"] * 3 + ["pagerank, 50 rows"] * 3 + ["prumerge, 576 to 4"] * 2
@@ -99,6 +99,7 @@ def test_the_command(tmp_path: Path, capsys, monkeypatch) -> None:
     assert {"op", "way", "ms", "ratio", "extra_bytes"} <= said["rows"][0].keys()
     printed = capsys.readouterr().out
     assert "its attention" in printed and "loop" in printed
+    assert "prumerge, 576 to 4, loop\naten::" in printed
     with (tmp_path / "o.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * 9

@@ -134,7 +134,9 @@ def test_bad_input(search: list[str], more: list[str], said: str) -> None:
     assert said in refuses("search", kind, *search, *rest)
 
 
-@pytest.mark.parametrize("storage", ["one.study", "sqlite:///one.db"])
+@pytest.mark.parametrize(
+    "storage", [pytest.param("one.study", marks=pytest.mark.wide), "sqlite:///one.db"]
+)
 def test_two_workers_share_one_search_though_one_is_killed(
     search: list[str], checkpoint: Path, storage: str
 ) -> None:
@@ -152,6 +154,7 @@ def test_two_workers_share_one_search_though_one_is_killed(
     assert sum(t["value"] is not None for t in tried) == 5
 
 
+@pytest.mark.wide
 def test_torchrun_shares_the_examples_though_one_process_is_killed(
     search: list[str], checkpoint: Path
 ) -> None:

@@ -150,7 +150,7 @@ def prompted(model: Any, recipe: Recipe, inputs: dict[str, Any]) -> Iterator[Cal
 @pytest.mark.parametrize(
     ("method", "family"),
     [
-        pytest.param(m, f, marks=() if f == "llava" or m == "both" else pytest.mark.cell)
+        pytest.param(m, f, marks=() if f == "llava" or m == "both" else pytest.mark.wide)
         for m in [*METHODS, "both"]
         for f in FAMILIES
         if ("prumerge" if m == "both" else m, f) not in REFUSED

@@ -164,7 +164,7 @@ class Nested:
 LEAST = [1.0, 1.0, 0.75, 0.5, 0.5, 0.46875, 0.125, 0.0625]
 
 
-@pytest.mark.parametrize("optimiser", ["bisect", "bayes"])
+@pytest.mark.parametrize("optimiser", ["bisect", pytest.param("bayes", marks=pytest.mark.wide)])
 def test_gsearch_finds_the_least_of_every_layer(optimiser: str) -> None:
     if optimiser == "bayes":
         pytest.importorskip("optuna")

@@ -26,6 +26,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from foveate.bench import sheet
 from foveate.bench.machine import Peak, device_name, versions, wait
+from foveate.bench.profiling import hottest
 from foveate.ops import prumerge
 from foveate.ops.bipartite import merge_to
 from foveate.ops.pagerank import pagerank
@@ -176,6 +177,16 @@ def _extra(way: Callable[[], object], device: torch.device) -> list[int]:
     return [after - b for after, b in zip(peak.read(), before, strict=True)]
 
 
+@torch.no_grad()
+def profiled(work: Work, device: torch.device) -> Iterator[str]:
+    """The operators of each way that take a twentieth of its time or more."""
+    for way, run in work.ways.items():
+        yield f"\n{work.name}, {way}"
+        for op in hottest(run, device):
+            if op["share"] >= 0.05:
+                yield f"{op['op']:50}{op['calls']:7}{op['ms']:10.2f} ms{op['share']:6.0%}"
+
+
 def _quartiles(samples: Sequence[float]) -> tuple[float, float]:
     if len(samples) == 1:
         return samples[0], samples[0]
@@ -201,6 +212,7 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    parser.add_argument("--profile", action="store_true", help="also say where the time goes")
     parser.add_argument("--json", type=Path, help="also write the result as JSON")
     parser.add_argument("--csv", type=Path, help="append the rows to a CSV file")
     return parser.parse_args(words)
@@ -234,6 +246,8 @@ def main(words: Sequence[str]) -> None:
             f"{row['op']:22}{row['way']:28}{row['ms']:12.2f} ms{row['ratio']:9.2f}×"
             f"{'–' if more is None else f'{more / 2**20:,.0f}':>10} MiB"
         )
+    if asked.profile:
+        print("\n".join(line for work in works() for line in profiled(work, device)))
     if asked.json is not None:
         result = about | {"versions": versions(), "rows": rows}
         asked.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -42,7 +42,8 @@ class Settings:
         warmup: untimed rounds before them.
         identity: a row with everything attached and nothing reduced.
         attainable: time the untouched model at every length that occurs.
-        profile: show where the time goes in rows whose efficiency is below this; 0 shows none.
+        profile: show where the time goes in recipes and peers whose efficiency is below this; 0
+            shows none.
     """
 
     new_tokens: tuple[int, ...] = (32,)
@@ -136,7 +137,7 @@ def bench(
         ours = [named[label] for label in recipes]
         result["verdicts"] += [verdict(row, rows[0]) for row in ours]
         result["verdicts"] += [beside(named[n], named[peer.label]) for n, peer in peers.items()]
-        for row in ours:
+        for row in (*ours, *(named[label] for label in peers)):
             if settings.profile and row["efficiency"] < settings.profile:
                 slow = {"recipe": row["recipe"], "batch": batch}
                 result["profiles"].append(slow | {"ops": run.hottest(row["recipe"])})

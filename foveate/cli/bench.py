@@ -48,7 +48,7 @@ def command(
     profile: Annotated[
         float,
         typer.Option(
-            "--profile", min=0, help="Where time goes in recipes less efficient than this: 0.95."
+            "--profile", min=0, help="Where time goes in what is less efficient than this: 0.95."
         ),
     ] = 0.0,
     dtype: Dtype = "auto",
