@@ -94,10 +94,10 @@ def pytest_collection_finish() -> None:
 
 
 def cell_of(item: pytest.Item) -> tuple[str, str] | None:
-    """(family, method) of a test of methods on families."""
+    """(family, method) of a test of methods on families, by their names."""
     called = getattr(item, "callspec", None)
-    given = called.params if called else {}
-    return (given["family"], given["method"]) if {"family", "method"} <= set(given) else None
+    family, method = ((called.params if called else {}).get(k) for k in ("family", "method"))
+    return (family, method) if isinstance(family, str) and isinstance(method, str) else None
 
 
 class Matrix:

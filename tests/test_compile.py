@@ -78,9 +78,11 @@ def test_a_compiled_prompt_is_right() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # transformers asks for _compile=True
+@pytest.mark.filterwarnings("ignore:Reliance on distutils:UserWarning")
 @torch.no_grad()
-def test_flex_attention() -> None:
+def test_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled by transformers, so this takes a C++ compiler and a minute."""
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # what some module imported before
     model, inputs = tiny.FAMILIES["llava"].build(), batch("llava", [2, 0, 1])
     with foveate.reduced(model, foveate.recipe("fastv", keep=0.5)):
         expected = model(**inputs).logits[:, -1]
