@@ -54,10 +54,18 @@ def test_decoding_compiles_without_vision_too() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.fixture
+def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs a C++ compiler and a minute."""
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # some module has imported that one
+
+
 @pytest.mark.heavy
+@pytest.mark.usefixtures("inductor")
+@pytest.mark.filterwarnings("ignore")  # its own imports
 @pytest.mark.parametrize("recipe", [BOTH, foveate.recipe("fastv", keep=0.5)], ids=["both", "fastv"])
 def test_decoding_compiles_with_inductor(recipe: Recipe) -> None:
-    """What generate does by itself on an accelerator; needs a C++ compiler."""
+    """What generate does by itself on an accelerator."""
     model = tiny.FAMILIES["llava"].build()
     with foveate.reduced(model, recipe):
         plain, fast = compiled(model, batch("llava", [2, 0, 1]), backend="inductor")
@@ -77,12 +85,11 @@ def test_a_compiled_prompt_is_right() -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # transformers asks for _compile=True
-@pytest.mark.filterwarnings("ignore:Reliance on distutils:UserWarning")
+@pytest.mark.usefixtures("inductor")
+@pytest.mark.filterwarnings("ignore")  # its own imports
 @torch.no_grad()
-def test_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled by transformers, so this takes a C++ compiler and a minute."""
-    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # what some module imported before
+def test_flex_attention() -> None:
+    """transformers compiles it."""
     model, inputs = tiny.FAMILIES["llava"].build(), batch("llava", [2, 0, 1])
     with foveate.reduced(model, foveate.recipe("fastv", keep=0.5)):
         expected = model(**inputs).logits[:, -1]
