@@ -77,9 +77,9 @@ def picture(path: str | Path) -> Image.Image:
         what = "is a folder" if file.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}; give the file of a picture (JPEG, PNG, WebP, …).")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), file.open("rb") as opened:
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
-            image = Image.open(file)
+            image = Image.open(opened)
             _check_size(path, *image.size)
             return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
