@@ -586,7 +586,7 @@ def test_a_profile_of_rows_that_miss_the_goal(timed: Any) -> None:
 
 
 def test_a_profile_of_a_peer(timed: Any) -> None:
-    """Its name is the recipe's and how: masking is never as fast as what it leaves in."""
+    """Peers that miss the goal are looked into like recipes."""
     settings = Settings((2,), repeats=1, profile=99)
     result = bench(timed, {"aim": RECIPES["aim"]}, Prompt(), settings, compare=["masking"])
     assert [found["recipe"] for found in result["profiles"]] == ["aim", "aim by masking"]
