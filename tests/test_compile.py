@@ -56,13 +56,13 @@ def test_decoding_compiles_without_vision_too() -> None:
 
 @pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It needs a C++ compiler and a minute."""
+    """It needs a C++ compiler and a minute, and its own imports warn."""
     monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # some module has imported that one
 
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("inductor")
-@pytest.mark.filterwarnings("ignore")  # its own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*distutils:UserWarning")
 @pytest.mark.parametrize("recipe", [BOTH, foveate.recipe("fastv", keep=0.5)], ids=["both", "fastv"])
 def test_decoding_compiles_with_inductor(recipe: Recipe) -> None:
     """What generate does by itself on an accelerator."""
@@ -86,7 +86,7 @@ def test_a_compiled_prompt_is_right() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("inductor")
-@pytest.mark.filterwarnings("ignore")  # its own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*distutils:UserWarning")
 @torch.no_grad()
 def test_flex_attention() -> None:
     """transformers compiles it."""
