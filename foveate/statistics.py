@@ -20,12 +20,21 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
     if _right_or_wrong(scores):
         found = _binomial(int(sum(scores)), len(scores)).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
-    return _bootstrap(np.asarray(scores))
+    return _middle(_resampled(np.asarray(scores), np.random.default_rng(0)))
 
 
 def difference(scores: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of ``scores - dense`` over the same examples, by a bootstrap."""
-    return _bootstrap(np.asarray(scores) - np.asarray(dense))
+    return difference_of_means([(scores, dense)])
+
+
+def difference_of_means(
+    tasks: Sequence[tuple[Sequence[float], Sequence[float]]],
+) -> tuple[float, float]:
+    """As ``difference``, of the mean over ``tasks``, each resampled by itself and counted once."""
+    draw = np.random.default_rng(0)
+    means = [_resampled(np.asarray(mine) - np.asarray(dense), draw) for mine, dense in tasks]
+    return _middle(np.mean(means, axis=0))
 
 
 def mcnemar(scores: Sequence[float], dense: Sequence[float]) -> float | None:
@@ -50,9 +59,13 @@ def _right_or_wrong(scores: Sequence[float]) -> bool:
     return set(scores) <= {0.0, 1.0}
 
 
-def _bootstrap(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Percentiles of the means of resampled ``values``; seeded, so the same run says the same."""
-    draw = np.random.default_rng(0)
+def _resampled(values: NDArray[np.float64], draw: np.random.Generator) -> NDArray[np.float64]:
+    """Means of ``values`` drawn with replacement."""
     counts = draw.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)
-    low, high = np.quantile(counts @ values / len(values), (0.025, 0.975))
+    return np.asarray(counts @ values / len(values))
+
+
+def _middle(means: NDArray[np.float64]) -> tuple[float, float]:
+    """What 95 % of the means lie in; the generator is seeded, so the same run says the same."""
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)

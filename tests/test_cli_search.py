@@ -53,6 +53,10 @@ def test_gsearch_writes_a_recipe_that_runs(search: list[str]) -> None:
     report = wrote("r.search.json")
     assert report["alive"] == list(alive) and Path("r.png").stat().st_size > 1000
     assert {"score", "dense", "flops_ratio", "evaluations", "forward_equivalents"} <= set(report)
+    stamp = recipe.provenance
+    assert stamp["difference_low"] <= stamp["difference"] <= stamp["difference_high"]
+    assert stamp["difference"] == pytest.approx(stamp["score"] - stamp["dense"])
+    assert stamp["measured_on"] == {"unseen": 4}
     assert "r.json:" in said and "probes" in said
     for tried in report["tried"]:
         accepted = tried["spare"] >= 0

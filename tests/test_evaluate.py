@@ -18,7 +18,7 @@ from foveate.answer import answer
 from foveate.evaluate import BLANK, baselines, evaluate
 from foveate.journal import Journal
 from foveate.pinhole.outliers import kept
-from foveate.statistics import difference, interval, mcnemar
+from foveate.statistics import difference, difference_of_means, interval, mcnemar
 from foveate.tasks import Example
 
 STEPS = Example.new_tokens
@@ -313,6 +313,16 @@ def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
     assert low < worse.mean() - dense.mean() < high <= 0.0
     one, two = interval(list(worse)), interval(list(dense))
     assert high - low < (one[1] - one[0]) / 2 and two[0] < one[1]
+
+
+def test_the_mean_of_tasks_counts_a_small_task_as_much_as_a_large_one() -> None:
+    draw = np.random.default_rng(1)
+    tasks = [(draw.random(n) + gain, draw.random(n)) for n, gain in ((400, 0.0), (100, 0.2))]
+    apart = [mine - dense for mine, dense in tasks]
+    mean = float(np.mean([values.mean() for values in apart]))
+    spread = sum(values.var() / len(values) for values in apart) ** 0.5 / 2
+    low, high = difference_of_means([(list(mine), list(dense)) for mine, dense in tasks])
+    assert (low, high) == pytest.approx((mean - 1.96 * spread, mean + 1.96 * spread), abs=0.004)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 7), (40, 50), (1, 1000), (500, 1000)])

@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from foveate.bench import DENSE
 from foveate.evaluate import evaluate
+from foveate.journal import Journal
 from foveate.loading import missing
 from foveate.recipe import Recipe
+from foveate.statistics import difference_of_means
 from foveate.tasks import Task
 
 NAME = "found"
@@ -20,17 +23,31 @@ def held_out(
 ) -> dict[str, Any]:
     """Scores of dense and recipe on examples that the search did not see; ``more`` is evaluate's.
 
-    The values are means over tasks; ``rows`` has each with its interval.
+    The values are means over tasks, the difference with its 95 % interval (a fraction, not points);
+    ``measured_on`` says how many examples of which task, ``rows`` has each of them.
     """
-    rows = evaluate(model, processor, tasks, {NAME: recipe}, **more)
+    journal = Journal()
+    rows = evaluate(model, processor, tasks, {NAME: recipe}, journal=journal, **more)
     dense, mine = ([r for r in rows if (r["recipe"] == NAME) is wanted] for wanted in (False, True))
+    low, high = difference_of_means([_paired(journal, task.name) for task in tasks])
     spent = sum(r["flops"] * r["n"] for r in mine)
     return {
         "score": sum(r["score"] for r in mine) / len(mine),
         "dense": sum(r["score"] for r in dense) / len(dense),
+        "difference": sum(r["difference"] for r in mine) / len(mine),
+        "difference_low": low,
+        "difference_high": high,
         "flops_ratio": sum(r["dense_flops"] * r["n"] for r in mine) / spent,
+        "measured_on": {r["task"]: r["n"] for r in mine},
         "rows": rows,
     }
+
+
+def _paired(journal: Journal, task: str) -> tuple[list[float], list[float]]:
+    """The scores of the recipe and of the untouched model, example by example."""
+    by = {recipe: records for (recipe, _, _), records in journal.of(task).items()}
+    mine, dense = by[NAME], by[DENSE]
+    return [mine[i].score for i in mine], [dense[i].score for i in mine]
 
 
 def stamped(recipe: Recipe, config: Any, facts: Mapping[str, Any]) -> Recipe:
