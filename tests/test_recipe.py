@@ -161,6 +161,9 @@ def test_a_file_that_is_not_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.json")), ids=lambda file: file.stem)
 def test_shipped_recipes_fit_pinhole_and_say_what_they_measured(file: Path) -> None:
     made = Recipe.load(file).resolve(30, "llava")
-    assert made.provenance["measured"]["tasks"] and made.schedule.cuts()
+    told = made.provenance
+    assert made.schedule.cuts() and min(told["measured_on"].values()) >= 100
+    assert told["difference"] == pytest.approx(told["score"] - told["dense"], abs=1e-3)
+    assert told["flops_ratio"] > 1
     with pytest.raises(ValueError, match="30"):
         Recipe.load(file).resolve(32, "llava")
