@@ -35,6 +35,7 @@ MAX_COUNT = 5
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,21 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Written:
+    """One written word and the box around it in pixels: left, top, right, bottom."""
+
+    word: str
+    box: Box
+
+
+@dataclass(frozen=True)
 class Scene:
-    """An image, what can be asked about it, and the shapes in it."""
+    """An image, what can be asked about it, the shapes and the words in it."""
 
     image: Image.Image
     questions: tuple[Question, ...]
     items: tuple[Item, ...] = ()
+    written: tuple[Written, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -305,28 +315,30 @@ def _words_scene(rng: random.Random, backgrounds: Sequence[Image.Image], many: b
     number = rng.choice((1, 2, 3, 4)) if many else 1
     chosen = rng.sample(vocabulary(), number)
     if number == 1:
-        _write(ground, chosen[0], (0, 0, SIZE, SIZE), rng.randint(36, 90), rng)
+        found = _write(ground, chosen[0], (0, 0, SIZE, SIZE), rng.randint(36, 90), rng)
         forms: tuple[str, ...] = ("What word is written in the image?",)
         if many:
             forms += ("Read the word.", "What does the text say?", "Which word is in the image?")
-        return Scene(ground, (Question(rng.choice(forms), chosen[0], "word"),))
+        asked = Question(rng.choice(forms), chosen[0], "word")
+        return Scene(ground, (asked,), written=(found,))
     places = rng.sample(range(4), number)
     half = SIZE // 2
-    questions = []
+    questions, written = [], []
     for word, place in zip(chosen, places, strict=True):
         left, top = half * (place % 2), half * (place // 2)
-        _write(ground, word, (left, top, left + half, top + half), rng.randint(30, 60), rng)
+        box = (left, top, left + half, top + half)
+        written.append(_write(ground, word, box, rng.randint(30, 60), rng))
         forms = (f"What word is at the {PLACES[place]}?", f"Read the word at the {PLACES[place]}.")
         questions.append(Question(rng.choice(forms), word, "word-at"))
         if rng.random() < 0.3:
             text = f'Where is the word "{word}"?'
             questions.append(Question(text, PLACES[place], "quadrant"))
-    return Scene(ground, tuple(questions))
+    return Scene(ground, tuple(questions), written=tuple(written))
 
 
 def _write(
-    ground: Image.Image, word: str, box: tuple[int, int, int, int], size: int, rng: random.Random
-) -> None:
+    ground: Image.Image, word: str, box: Box, size: int, rng: random.Random
+) -> Written:
     """One word inside ``box``, readable against what is behind it."""
     text = word.upper() if rng.random() < 0.25 else word
     mask = _word_mask(text, size, rng.uniform(-12, 12))
@@ -343,6 +355,7 @@ def _write(
         edge = (255, 255, 255) if _light(fill) < 128 else (0, 0, 0)
         ground.paste(edge, area, mask.filter(ImageFilter.MaxFilter(5)))
     ground.paste(fill, area, mask)
+    return Written(word, area)
 
 
 def _word_mask(text: str, size: int, angle: float) -> Image.Image:
