@@ -24,7 +24,6 @@ from foveate.pinhole.cached import CachedRun
 from foveate.pinhole.features import SIDE, Features, cells, stacked
 from foveate.pinhole.mix import RANKED
 from foveate.pinhole.packed import Student
-from foveate.pinhole.sight import Marks
 from foveate.tasks import video
 from foveate.tasks.flickr8k import Labels
 from foveate.tasks.photos import photos
@@ -230,7 +229,7 @@ def start(
     def begin(name: str) -> CachedRun:
         out = tmp_path / name
         miniature.tokenizer_file(out / "processor" / "tokenizer.json", spoken)
-        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), shapes=1, words=1, clips=1)
+        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), drawn=1, clips=1)
         list(run.encode())
         return run
 
@@ -383,9 +382,9 @@ def test_what_is_asked_about_clips_is_true_and_tells_nothing() -> None:
 def test_scenes_are_drawn_anew_and_encoded(start: Callable[[str], CachedRun]) -> None:
     run = start("drawn")
     draw = torch.Generator().manual_seed(0)
-    rows, covered = run.lessons.drawn(run.student, random.Random(5), draw, "shapes", 2, 256)
-    again, _ = run.lessons.drawn(run.student, random.Random(5), draw, "shapes", 2, 256)
-    other, _ = run.lessons.drawn(run.student, random.Random(6), draw, "shapes", 2, 256)
+    rows, covered = run.lessons.drawn(run.student, random.Random(5), draw, 2, IMAGE_TOKENS)
+    again, _ = run.lessons.drawn(run.student, random.Random(5), draw, 2, IMAGE_TOKENS)
+    other, _ = run.lessons.drawn(run.student, random.Random(6), draw, 2, IMAGE_TOKENS)
     assert torch.equal(rows.pixels, again.pixels) and torch.equal(rows.text, again.text)
     assert not torch.equal(rows.pixels, other.pixels)
     scene = mix.scene_row("shapes", random.Random(5), run.lessons.backgrounds)
@@ -399,22 +398,18 @@ def test_scenes_are_drawn_anew_and_encoded(start: Callable[[str], CachedRun]) ->
     assert torch.equal(covered.features[:count], rows.pixels[0, inside])
 
 
-@pytest.mark.parametrize("kind", ["shapes", "words"])
-def test_of_scenes_what_is_covered_is_shown_first(
-    start: Callable[[str], CachedRun], kind: str
-) -> None:
+def test_of_scenes_what_is_covered_is_shown_first(start: Callable[[str], CachedRun]) -> None:
     run = start("shown")
     draw = torch.Generator().manual_seed(0)
-    rows, _ = run.lessons.drawn(run.student, random.Random(5), draw, kind, 3, 160)
+    rows, _ = run.lessons.drawn(run.student, random.Random(5), draw, 3, 100)
     rng = random.Random(5)
-    made = [mix.scene_row(kind, rng, run.lessons.backgrounds) for _ in range(3)]
+    made = [mix.scene_row("shapes", rng, run.lessons.backgrounds) for _ in range(3)]
     at = run.lessons.writer.prefix()[1]
-    assert rows.places is not None and rows.image.numel() == 160
-    marks = Marks.of(made)
-    for row, names, word in zip(rows.places, marks.names, marks.word, strict=True):
+    assert rows.places is not None
+    for row, scene in zip(rows.places, made, strict=True):
         shown = {at.index(place) for place in row[rows.image].tolist()}
-        covered = ((names[:, 0] >= 0) | (word >= 0)).nonzero()[:, 0].tolist()
-        assert covered and set(covered) <= shown and len(shown) == 160
+        covered = (Names.of(scene.items)[:, 0] >= 0).nonzero()[:, 0].tolist()
+        assert 0 < len(covered) < 100 == len(shown) and set(covered) <= shown
 
 
 def test_patches_are_named_by_the_shape_over_them() -> None:
@@ -451,9 +446,9 @@ def test_align_learns_what_shapes_are_and_where(
     lone = SimpleNamespace(ids=lambda word: (0,))
     known = Vocabulary(["aaa", "bbb", "ccc", "ddd"], lone, table, least=1)  # type: ignore[arg-type]
     held = Covered(patches[300:], words[300:])
-    before = held.loss(names, student).item()
+    before = names.loss(student, held).item()
     list(align(student, pictures, known, steps=40, scenes=(names, covered)))
-    assert held.loss(names, student).item() < 0.4 * before
+    assert names.loss(student, held).item() < 0.4 * before
 
 
 def test_the_encoder_stays_as_it_is(start: Callable[[str], CachedRun]) -> None:

@@ -393,15 +393,22 @@ def right(question: str, items: list[scenes.Item]) -> str:
     if found:
         said = {w.removesuffix("es" if w == "crosses" else "s") for w in found[1].split()}
         return str(sum(said - {"shape"} <= {i.colour, i.shape} for i in items))
+    plain = re.fullmatch(r"(What color|What shape|Where) is (?:the )?(\w+)(?: shape)?\?", question)
+    if plain:
+        (one,) = (i for i in items if plain[2] in (i.colour, i.shape))
+        return {"What color": one.colour, "What shape": one.shape}.get(plain[1], corner(one))
     named = re.findall(rf"(?:{'|'.join(scenes.COLOURS)}) (?:{'|'.join(scenes.SHAPES)})", question)
     place = {n: next(i for i in items if i.name == n) for n in named}
     assert all(sum(i.name == n for i in items) == 1 for n in named), "asked about is not one item"
     if len(named) == 1:
-        (one,) = place.values()
-        high = "top" if one.y < scenes.SIZE / 2 else "bottom"
-        return f"{high} {'left' if one.x < scenes.SIZE / 2 else 'right'}"
+        return corner(*place.values())
     a, b = (place[n] for n in named)
     return "yes" if (a.x < b.x if "left of" in question else a.y < b.y) else "no"
+
+
+def corner(one: scenes.Item) -> str:
+    high = "top" if one.y < scenes.SIZE / 2 else "bottom"
+    return f"{high} {'left' if one.x < scenes.SIZE / 2 else 'right'}"
 
 
 def test_the_word_asked_for_is_the_one_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from foveate.tasks.scenes import COLOURS, PLACES, SHAPES, SIZE, Item, Scene
 SHARPNESS = 12.0
 
 
-def embedded(words: Iterable[str], writer: Writer, table: Tensor) -> Tensor:
+def _embedded(words: Iterable[str], writer: Writer, table: Tensor) -> Tensor:
     """(words, D): the mean embedding of each word's tokens, as it stands after a space."""
     return torch.stack([table[list(writer.ids(" " + w))].float().mean(0) for w in words])
 
@@ -42,7 +42,7 @@ class Vocabulary:
                 f"No word is in the captions of {least} and at most a third of {len(texts)} "
                 "images, so there is nothing to align with; use more photos (--limit)."
             )
-        self.embeddings = embedded(self.words, writer, table)
+        self.embeddings = _embedded(self.words, writer, table)
         place = {w: i for i, w in enumerate(self.words)}
         self.labels = torch.zeros(len(texts), len(self.words))
         for i, words in enumerate(found):
@@ -67,9 +67,13 @@ class Covered:
         index = torch.randint(0, len(self.words), (count,), generator=draw)
         return Covered(self.features[index], self.words[index])
 
-    def loss(self, names: Names, student: Student) -> Tensor:
-        """How far these patches, as projected, are from their words."""
-        return names.loss(names.near(student.project(self.features.to(student.dtype))), self.words)
+
+def covered_first(scenes: Iterable[Row | Scene], count: int, draw: torch.Generator) -> Tensor:
+    """(B, count) patches, ascending: what a shape covers, then what is beside, then random ones."""
+    covered = torch.stack([Names.of(scene.items)[:, 0] >= 0 for scene in scenes]).float()
+    beside = F.max_pool2d(covered.view(-1, 1, SIDE, SIDE), 3, 1, 1).flatten(1)
+    order = covered + beside + torch.rand(covered.shape, generator=draw)
+    return order.topk(count).indices.sort(-1).values
 
 
 class Names:
@@ -84,46 +88,29 @@ class Names:
         self._mean = table.float().mean(0)
         self._directions = []
         for words in self.KINDS:
-            made = embedded(words, writer, table)
+            made = _embedded(words, writer, table)
             self._directions.append(F.normalize(made - made.mean(0), dim=-1))
 
     @classmethod
-    def of(cls, items: Sequence[Item]) -> Tensor:
+    def of(cls, items: Iterable[Item]) -> Tensor:
         """(tokens, 4): which word of each kind the shape says that a patch lies in, -1 for none."""
-        told = [(i.colour, i.shape, *PLACES[i.place].split()) for i in items]
-        words = [[k.index(w) for k, w in zip(cls.KINDS, one, strict=True)] for one in told]
-        table = torch.tensor(words, dtype=torch.long).view(-1, len(cls.KINDS))
-        return by_owner(owners(items), table)
+        middle = (torch.arange(SIDE) + 0.5) * SIZE / SIDE
+        y, x = torch.meshgrid(middle, middle, indexing="ij")
+        labels = torch.full((SIDE, SIDE, len(cls.KINDS)), -1)
+        for item in items:
+            inside = torch.maximum((x - item.x).abs(), (y - item.y).abs()) < 0.8 * item.half
+            told = (item.colour, item.shape, *PLACES[item.place].split())
+            found = [kind.index(word) for kind, word in zip(cls.KINDS, told, strict=True)]
+            labels[inside] = torch.tensor(found)
+        return labels.flatten(0, 1)
 
-    def near(self, patches: Tensor) -> Tensor:
-        """Projected ``patches`` (n, D) as directions from the mean of all embeddings."""
-        return F.normalize(patches.float() - self._mean, dim=-1)
-
-    def loss(self, near: Tensor, words: Tensor) -> Tensor:
-        """Cross-entropy over the words of each kind: of directions (n, D), ``words`` (n, 4)."""
+    def loss(self, student: Student, covered: Covered) -> Tensor:
+        """Cross-entropy over the words of each kind, of these patches as projected."""
+        patches = student.project(covered.features.to(student.dtype)).float()
+        near = F.normalize(patches - self._mean, dim=-1)
         scores = [near @ kind.T * SHARPNESS for kind in self._directions]
-        pairs = zip(scores, words.unbind(1), strict=True)
-        return torch.stack([F.cross_entropy(*pair) for pair in pairs]).sum()
-
-    def told(self, near: Tensor) -> Tensor:
-        """The nearest word of each kind: (n, D) -> (n, 4)."""
-        return torch.stack([(near @ kind.T).argmax(-1) for kind in self._directions], 1)
-
-
-def owners(items: Sequence[Item]) -> Tensor:
-    """(tokens,): which of the shapes a patch lies in, -1 for none."""
-    middle = (torch.arange(SIDE) + 0.5) * SIZE / SIDE
-    y, x = torch.meshgrid(middle, middle, indexing="ij")
-    owner = torch.full((SIDE, SIDE), -1)
-    for number, item in enumerate(items):
-        owner[torch.maximum((x - item.x).abs(), (y - item.y).abs()) < 0.8 * item.half] = number
-    return owner.flatten()
-
-
-def by_owner(owner: Tensor, rows: Tensor) -> Tensor:
-    """The row of ``rows`` (n, k) that owns each patch, -1 for none: (tokens, k)."""
-    none = rows.new_full((1, rows.shape[1]), -1)
-    return torch.cat([rows, none])[owner]
+        words = covered.words.unbind(1)
+        return torch.stack([F.cross_entropy(*s) for s in zip(scores, words, strict=True)]).sum()
 
 
 def align(
@@ -159,7 +146,7 @@ def align(
         loss = F.binary_cross_entropy_with_logits(score, vocabulary.labels[index], reduction="sum")
         loss = loss / len(index)
         size = (patches.norm(dim=-1) / norm - 1).square().mean()
-        named = scenes[1].some(1024, draw).loss(scenes[0], student) if scenes else 0.0
+        named = scenes[0].loss(student, scenes[1].some(1024, draw)) if scenes else 0.0
         optimizer.zero_grad()
         (loss + size + named).backward()
         optimizer.step()

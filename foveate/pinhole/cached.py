@@ -1,11 +1,10 @@
-"""Training pinhole where there is no GPU: images encoded once, few vision tokens a row.
+"""Training pinhole where there is no GPU: the encoder frozen and run once, few vision tokens a row.
 
-1. ``see``: the encoder's last blocks learn to tell what is drawn (``sight``).
-2. Every photo is encoded once; its features stay in a file that an interrupted run goes on with.
-3. ``align``: the projector alone learns to send patches near the word embeddings of what the
+1. Every photo is encoded once; its features stay in a file that an interrupted run goes on with.
+2. ``align``: the projector alone learns to send patches near the word embeddings of what the
    captions say, and of what drawn shapes are and where, without the language model (thousands of
    photos a second).
-4. ``tune``: the language model's low-rank deltas and the projector learn to answer. A row holds one
+3. ``tune``: the language model's low-rank deltas and the projector learn to answer. A row holds one
    random patch of each 4 × 4, later 2 × 2 cell of the image, at its own position, so the text
    stands where it will stand in use and pinhole learns to live with missing tokens from the start;
    at the end every patch is shown. Photos and easy-VQA come from the file, scenes are drawn anew,
@@ -27,13 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from foveate.pinhole.align import Covered, Names, Vocabulary, align
+from foveate.pinhole.align import Covered, Names, Vocabulary, align, covered_first
 from foveate.pinhole.assembly import IMAGE_TOKENS
 from foveate.pinhole.bank import normalise, rank_loss, resized
 from foveate.pinhole.features import Features, Lazy, cells, picked
 from foveate.pinhole.mix import ClipRows, EasyRows, PhotoRows, Row, Segment, Writer, scene_row
 from foveate.pinhole.packed import Rows, Student
-from foveate.pinhole.sight import Marks, Sight
 from foveate.tasks import video
 from foveate.tasks.example import Example
 from foveate.tasks.photos import Photos
@@ -42,10 +40,9 @@ from foveate.tasks.scenes import draw as draw_scene
 
 Array = NDArray[Any]
 TEXT = 208
-SHAPES, WORDS = 6, 4  # rows of drawn scenes a step, beside the stored images
-CLIPS = 1  # rows of clips of those images
+STORED, DRAWN, CLIPS = 3, 8, 0  # rows in a step: stored images, drawn scenes, clips of stored
 FRAMES = (3, 4, 6)
-SHOWN = {4: 48, 2: 96, 1: IMAGE_TOKENS}  # patches of a drawn scene, by the stride of the others
+SHOWN = {4: 40, 2: 96, 1: IMAGE_TOKENS}  # patches of a drawn scene, by the stride of the others
 SCENES = 480  # to align with
 EASY = 0.15  # the share of easy-VQA among those
 RANK_WEIGHT = 0.5
@@ -81,23 +78,14 @@ class Lessons:
         return rows, torch.tensor([bool(r.ranked) for r in made])
 
     def drawn(
-        self,
-        student: Student,
-        rng: random.Random,
-        draw: torch.Generator,
-        kind: str,
-        size: int,
-        count: int,
+        self, student: Student, rng: random.Random, draw: torch.Generator, size: int, count: int
     ) -> tuple[Rows, Covered]:
-        """``size`` rows about scenes of "shapes" or "words" that were never shown before.
-
-        They show ``count`` patches, those that something covers first.
-        """
-        made = [scene_row(kind, rng, self.backgrounds) for _ in range(size)]
+        """``size`` rows about scenes of shapes that were never shown before, ``count`` patches."""
+        made = [scene_row("shapes", rng, self.backgrounds) for _ in range(size)]
         pixels = np.stack([r.pixels for r in made if r.pixels is not None])
         with torch.no_grad():
             features = student.features(normalise(resized(torch.from_numpy(pixels)))).float()
-        rows = self.rows(features, Marks.of(made).shown(count, draw), self._laid(made))
+        rows = self.rows(features, covered_first(made, count, draw), self._laid(made))
         return rows, Covered.by(made, features)
 
     def filmed(
@@ -164,7 +152,7 @@ def right(
 
 
 class CachedRun:
-    """One run of the four steps; every step leaves a file, and ``run`` goes on where it stopped.
+    """One run of the three steps; every step leaves a file, and ``run`` goes on where it stopped.
 
     Args:
         student: with deltas apart (``merged=False``).
@@ -172,9 +160,8 @@ class CachedRun:
         photos: the training photos, the first ``counts[0]`` of which are used.
         checks: ``(name, examples)`` of validation tasks, a few hundred in all.
         counts: photos and easy-VQA images to encode.
-        shapes: rows of drawn shapes in every step of tuning.
-        words: rows of drawn words.
-        clips: rows of clips.
+        drawn: rows of drawn scenes in every step of tuning.
+        clips: rows of clips in every step.
     """
 
     def __init__(
@@ -185,45 +172,34 @@ class CachedRun:
         checks: dict[str, list[Example]],
         counts: tuple[int, int],
         *,
-        shapes: int = SHAPES,
-        words: int = WORDS,
+        drawn: int = DRAWN,
         clips: int = CLIPS,
         seed: int = 0,
     ) -> None:
-        self.student, self.out, self.seed = student, out, seed
-        self.drawn = {kind: n for kind, n in (("shapes", shapes), ("words", words)) if n}
+        self.student, self.out, self.drawn, self.seed = student, out, drawn, seed
         self.clips = clips
         self.writer = Writer(out / "processor" / "tokenizer.json")
         some = photos.first(counts[0])
         self.easy = EasyRows()
-        grounds = [some.image(i) for i in range(0, len(some), 10)] if self.drawn else []
+        grounds = [some.image(i) for i in range(0, len(some), 10)] if drawn else []
         lessons = PhotoRows(some), self.easy, counts[1], self.writer, grounds
         self.lessons = Lessons(*lessons, _clips(some, counts) if clips else ())
         self._photos, self._checks, self._counts = some, checks, counts
         self.names = Names(self.writer, student.get("model.language_model.embed_tokens.weight"))
         self.features = Features(out / "train.features", sum(counts))
         self.checked = Features(out / "check.features", sum(map(len, checks.values())))
-        self.scenes = Features(out / "scenes.features", SCENES if shapes else 0)
+        self.scenes = Features(out / "scenes.features", SCENES if drawn else 0)
         self.seconds, self.step = 0.0, 0
 
-    def see(self, minutes: float, held: Photos) -> Iterator[str]:
-        """Step 1: yields a line a step; ``held`` and easy-VQA's images hold the encoder."""
-        photos, easy = len(held), len(self.easy.numbers)
-        images = Lazy(lambda i: held.image(i) if i < photos else self._easy(i - photos), photos + easy)
-        sight = Sight(
-            self.student, self.writer, self.out, images, self.lessons.backgrounds, seed=self.seed
-        )
-        for line in sight.run(minutes):
-            yield f"{sight.seconds:.0f} s {line}"
-
-    def _easy(self, place: int) -> Image.Image:
-        return self.easy.task.image(self.easy.numbers[place])
-
     def encode(self) -> Iterator[int]:
-        """Step 2: yields images encoded."""
+        """Step 1: yields images encoded."""
         photos, easy = self._counts
         images = Lazy(
-            lambda i: self._photos.image(i) if i < photos else self._easy(i - photos),
+            lambda i: (
+                self._photos.image(i)
+                if i < photos
+                else self.easy.task.image(self.easy.numbers[i - photos])
+            ),
             photos + easy,
         )
         yield from self.features.fill(images, self.student)
@@ -231,7 +207,7 @@ class CachedRun:
         yield from self.checked.fill(shown, self.student)
 
     def align(self, steps: int) -> Iterator[tuple[int, float]]:
-        """Step 3, unless its result is there."""
+        """Step 2, unless its result is there."""
         file = self.out / "aligned.pt"
         if file.is_file():
             self.student.projector.load_state_dict(torch.load(file, weights_only=True))
@@ -240,7 +216,7 @@ class CachedRun:
         texts += [self._said(n) for n in self.easy.numbers[: self._counts[1]]]
         table = self.student.get("model.language_model.embed_tokens.weight")
         words = Vocabulary(texts, self.writer, table)
-        scenes = (self.names, self._covered()) if "shapes" in self.drawn else None
+        scenes = (self.names, self._covered()) if self.drawn else None
         yield from align(
             self.student, self.features, words, steps=steps, scenes=scenes, seed=self.seed
         )
@@ -263,8 +239,8 @@ class CachedRun:
             s.answer for s in self.easy.by_image[number] if s.answer not in ("yes", "no")
         )
 
-    def tune(self, minutes: float, check_every: float, batch: int = 6) -> Iterator[str]:
-        """Step 4, by the clock: a checkpoint every five minutes, checks as often as told (s)."""
+    def tune(self, minutes: float, check_every: float, batch: int = STORED) -> Iterator[str]:
+        """Step 3, by the clock: a checkpoint every five minutes, checks as often as told (s)."""
         parts = list(self.student.projector.parameters())
         deltas = list(self.student.language.parameters())
         optimizer = torch.optim.AdamW(
@@ -280,7 +256,7 @@ class CachedRun:
             done = self.seconds / (minutes * 60)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * min(1.0, done / 0.03) * (1 - done) ** 0.7
-            loss = self._update(optimizer, [*parts, *deltas], batch, _stride(done))
+            losses = self._update(optimizer, [*parts, *deltas], batch, _stride(done))
             self.step += 1
             self.seconds = time.monotonic() - begun
             paused = time.monotonic()
@@ -291,28 +267,32 @@ class CachedRun:
                 saved = self.seconds
                 self._save(optimizer)
             begun += time.monotonic() - paused  # the clock counts training only
-            yield f"step {self.step} loss {loss:.3f} {self.seconds / self.step:.1f} s/step"
+            said = " ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items())
+            rate = self.seconds / self.step
+            yield f"step {self.step} loss {sum(losses.values()):.3f} {rate:.1f} s/step {said}"
         self._check()
         self._save(optimizer)
 
     def _update(
         self, optimizer: torch.optim.Optimizer, parts: list[Any], batch: int, stride: int
-    ) -> float:
+    ) -> dict[str, float]:
         rng = random.Random(f"{self.seed} {self.step}")
         draw = torch.Generator().manual_seed(rng.randrange(2**31))
         optimizer.zero_grad()
-        total = self._learn(*self.lessons.stored(self.features, rng, draw, batch, stride))
-        for kind, size in self.drawn.items():
-            rows, covered = self.lessons.drawn(self.student, rng, draw, kind, size, SHOWN[stride])
-            total += self._learn(rows)
-            if len(covered.words):
-                (NAME_WEIGHT * covered.loss(self.names, self.student)).backward()
+        some = self.lessons.stored(self.features, rng, draw, batch, stride)
+        losses = {"stored": self._learn(*some)}
+        if self.drawn:
+            count = SHOWN[stride]
+            rows, covered = self.lessons.drawn(self.student, rng, draw, self.drawn, count)
+            losses["drawn"] = self._learn(rows)
+            (NAME_WEIGHT * self.names.loss(self.student, covered)).backward()
         if self.clips:
             few = min(2 * stride, 4)
-            total += self._learn(self.lessons.filmed(self.features, rng, draw, self.clips, few))
+            filmed = self.lessons.filmed(self.features, rng, draw, self.clips, few)
+            losses["clips"] = self._learn(filmed)
         torch.nn.utils.clip_grad_norm_(parts, 1.0)
         optimizer.step()
-        return total
+        return losses
 
     def _learn(self, rows: Rows, ranked: Tensor | None = None) -> float:
         """Add the gradients of these rows; their loss.

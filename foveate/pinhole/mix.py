@@ -70,7 +70,6 @@ class Row:
     ranked: tuple[int, ...] = ()
     frames: tuple[int, ...] = ()
     items: tuple[scenes.Item, ...] = ()
-    written: tuple[scenes.Written, ...] = ()
 
 
 class Writer:
@@ -266,13 +265,12 @@ class ClipRows:
 
 def scene_row(kind: str, rng: random.Random, backgrounds: Sequence[Image.Image]) -> Row:
     """A drawn image with every question about it."""
-    drawn = kind if kind == "words" else rng.choice(("where", "count"))
+    drawn = kind if kind == "words" else rng.choice(("where", "where", "count"))
     scene = scenes.draw(drawn, rng, backgrounds, many=True)
     weight = WORD_WEIGHT if kind == "words" else 1.0
     segments = [Segment(q.text, q.answer, weight) for q in scene.questions]
     pixels = np.asarray(scene.image).transpose(2, 0, 1)
-    pixels = np.ascontiguousarray(pixels)
-    return Row(kind, segments, pixels=pixels, items=scene.items, written=scene.written)
+    return Row(kind, segments, pixels=np.ascontiguousarray(pixels), items=scene.items)
 
 
 @dataclass

@@ -128,39 +128,19 @@ class Student(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, D): the last block but one, without CLS."""
-        return self.encode(self.embedded(pixels))[:, 1:]
-
-    def embedded(self, pixels: Tensor) -> Tensor:
-        """What the first vision block is given, CLS first: (B, 3, H, W) -> (B, N+1, D)."""
         stem = "model.vision_tower.embeddings."
         patches = stem + "patch_embeddings.projection."
         weight, bias = self.get(patches + "weight"), self.get(patches + "bias")
         x = F.conv2d(pixels.to(self.dtype), weight, bias, stride=weight.shape[-1])
         x = x.flatten(2).transpose(1, 2)
         cls = self.get(stem + "cls_token").expand(x.shape[0], -1, -1)
-        return torch.cat([cls, x], 1) + self.get("positions")
-
-    def encode(
-        self,
-        x: Tensor,
-        start: int = 0,
-        stop: int | None = None,
-        weights: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """Vision blocks ``start`` to ``stop``, or to the last used one: (B, T, D) -> (B, T, D).
-
-        ``weights``: in place of those of now, as ``vision_weights`` gives them.
-        """
-        stacked = [w.unbind(0) for w in weights or self.vision_weights()]
-        for index in range(start, self.sizes.vision_layers if stop is None else stop):
+        x = torch.cat([cls, x], 1) + self.get("positions")
+        q, k, v, o, up, down = (s() for s in self.vision.values())
+        stacked = [w.to(self.dtype).unbind(0) for w in (torch.cat([q, k, v], 1), o, up, down)]
+        for index in range(self.sizes.vision_layers):
             small = self._vision_small(index)
             x = self.vision_block(x, *(w[index] for w in stacked), *small, self.sizes)
-        return x
-
-    def vision_weights(self) -> list[Tensor]:
-        """What ``vision_block`` multiplies with, of all blocks, deltas added."""
-        q, k, v, o, up, down = (s() for s in self.vision.values())
-        return [w.to(self.dtype) for w in (torch.cat([q, k, v], 1), o, up, down)]
+        return x[:, 1:]
 
     def _vision_small(self, index: int) -> list[Tensor]:
         at = VISION.format(index)
@@ -170,9 +150,9 @@ class Student(nn.Module):
         names += ["layer_scale1.lambda1", "layer_scale2.lambda1"]
         return [qkv, *(self.get(at + n) for n in names)]
 
-    def project(self, features: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """(B, N, Dv) -> (B, N, D), by the projector of now or by its ``weights`` of before."""
-        get = {k: v.to(self.dtype) for k, v in (weights or self.projector).items()}
+    def project(self, features: Tensor) -> Tensor:
+        """(B, N, Dv) -> (B, N, D)."""
+        get = {k: v.to(self.dtype) for k, v in self.projector.items()}
         one, two = (_safe(PROJECTOR + f"linear_{i}.") for i in (1, 2))
         x = F.linear(features, get[one + "weight"], get[one + "bias"])
         return F.linear(F.gelu(x), get[two + "weight"], get[two + "bias"])
@@ -264,8 +244,7 @@ class Student(nn.Module):
         Raises:
             ValueError: for deltas of another rank.
         """
-        groups = ((LANGUAGE, self.language, "--rank"), (VISION, self.vision, "--vision-rank"))
-        for pattern, stacks, option in groups:
+        for pattern, stacks in ((LANGUAGE, self.language), (VISION, self.vision)):
             for name, stack in stacks.items():
                 assert isinstance(stack, Stack)
                 for i in range(stack.a.shape[0]):
@@ -276,7 +255,7 @@ class Student(nn.Module):
                     if rank != mine:
                         raise ValueError(
                             f"The deltas to begin with have rank {rank}, this run has {mine}; "
-                            f"give {option} {rank}."
+                            f"give --rank {rank}."
                         )
                     stack.a[i].copy_(trained[key + A])
                     stack.b[i].copy_(trained[key + B].float() / SCALE)

@@ -35,7 +35,6 @@ MAX_COUNT = 5
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
-Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -68,21 +67,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Written:
-    """One written word and the box around it in pixels: left, top, right, bottom."""
-
-    word: str
-    box: Box
-
-
-@dataclass(frozen=True)
 class Scene:
-    """An image, what can be asked about it, the shapes and the words in it."""
+    """An image, what can be asked about it, and the shapes in it."""
 
     image: Image.Image
     questions: tuple[Question, ...]
     items: tuple[Item, ...] = ()
-    written: tuple[Written, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -238,9 +228,11 @@ def _corners(item: Item, turn: float) -> list[Point]:
 
 
 def _all_questions(rng: random.Random, items: list[Item]) -> tuple[Question, ...]:
-    """Up to ten questions about one scene of shapes."""
+    """Up to a dozen questions about one scene of shapes, plainer ones among them."""
     asked = [_where_question(rng, items, True) for _ in range(5)]
-    for level in ("both", "shape", "colour", "both", "shape"):
+    plain = _plain_questions(items)
+    asked += rng.sample(plain, min(4, len(plain)))
+    for level in ("both", "shape", "colour"):
         seen = rng.random() < 0.75 and items
         some = rng.choice(items) if seen else None
         target = (some.colour, some.shape) if some else _name(rng)
@@ -248,6 +240,23 @@ def _all_questions(rng: random.Random, items: list[Item]) -> tuple[Question, ...
     kept = list({q.text: q for q in asked if q.text}.values())
     rng.shuffle(kept)
     return tuple(kept)
+
+
+def _plain_questions(items: list[Item]) -> list[Question]:
+    """What one word tells apart: for training, where two words are not yet put together."""
+    found = []
+    for item in items:
+        if sum(i.shape == item.shape for i in items) == 1:
+            found.append(Question(f"What color is the {item.shape}?", item.colour, "plain"))
+            if _clear(item):
+                text = f"Where is the {item.shape}?"
+                found.append(Question(text, PLACES[item.place], "plain"))
+        if sum(i.colour == item.colour for i in items) == 1:
+            found.append(Question(f"What shape is {item.colour}?", item.shape, "plain"))
+            if _clear(item):
+                text = f"Where is the {item.colour} shape?"
+                found.append(Question(text, PLACES[item.place], "plain"))
+    return found
 
 
 def _count_question(
@@ -315,30 +324,28 @@ def _words_scene(rng: random.Random, backgrounds: Sequence[Image.Image], many: b
     number = rng.choice((1, 2, 3, 4)) if many else 1
     chosen = rng.sample(vocabulary(), number)
     if number == 1:
-        found = _write(ground, chosen[0], (0, 0, SIZE, SIZE), rng.randint(36, 90), rng)
+        _write(ground, chosen[0], (0, 0, SIZE, SIZE), rng.randint(36, 90), rng)
         forms: tuple[str, ...] = ("What word is written in the image?",)
         if many:
             forms += ("Read the word.", "What does the text say?", "Which word is in the image?")
-        asked = Question(rng.choice(forms), chosen[0], "word")
-        return Scene(ground, (asked,), written=(found,))
+        return Scene(ground, (Question(rng.choice(forms), chosen[0], "word"),))
     places = rng.sample(range(4), number)
     half = SIZE // 2
-    questions, written = [], []
+    questions = []
     for word, place in zip(chosen, places, strict=True):
         left, top = half * (place % 2), half * (place // 2)
-        box = (left, top, left + half, top + half)
-        written.append(_write(ground, word, box, rng.randint(30, 60), rng))
+        _write(ground, word, (left, top, left + half, top + half), rng.randint(30, 60), rng)
         forms = (f"What word is at the {PLACES[place]}?", f"Read the word at the {PLACES[place]}.")
         questions.append(Question(rng.choice(forms), word, "word-at"))
         if rng.random() < 0.3:
             text = f'Where is the word "{word}"?'
             questions.append(Question(text, PLACES[place], "quadrant"))
-    return Scene(ground, tuple(questions), written=tuple(written))
+    return Scene(ground, tuple(questions))
 
 
 def _write(
-    ground: Image.Image, word: str, box: Box, size: int, rng: random.Random
-) -> Written:
+    ground: Image.Image, word: str, box: tuple[int, int, int, int], size: int, rng: random.Random
+) -> None:
     """One word inside ``box``, readable against what is behind it."""
     text = word.upper() if rng.random() < 0.25 else word
     mask = _word_mask(text, size, rng.uniform(-12, 12))
@@ -355,7 +362,6 @@ def _write(
         edge = (255, 255, 255) if _light(fill) < 128 else (0, 0, 0)
         ground.paste(edge, area, mask.filter(ImageFilter.MaxFilter(5)))
     ground.paste(fill, area, mask)
-    return Written(word, area)
 
 
 def _word_mask(text: str, size: int, angle: float) -> Image.Image:
