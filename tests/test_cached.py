@@ -229,7 +229,7 @@ def start(
     def begin(name: str) -> CachedRun:
         out = tmp_path / name
         miniature.tokenizer_file(out / "processor" / "tokenizer.json", spoken)
-        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), drawn=1, clips=1)
+        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), rows=(2, 1, 1))
         list(run.encode())
         return run
 
@@ -254,15 +254,15 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     whole = start("whole")
     began = weights_of(whole)
-    list(whole.tune(MINUTES, 1e9, batch=2))
+    list(whole.tune(MINUTES, 1e9))
     assert whole.step == 5
     first = start("stopped")
-    stop_after(2, first.tune(MINUTES, 1e9, batch=2))
+    stop_after(2, first.tune(MINUTES, 1e9))
     second = start("stopped")
-    stop_after(1, second.tune(MINUTES, 1e9, batch=2))
+    stop_after(1, second.tune(MINUTES, 1e9))
     assert (second.step, second.seconds) == (3, 1200)
     third = start("stopped")
-    list(third.tune(MINUTES, 1e9, batch=2))
+    list(third.tune(MINUTES, 1e9))
     assert third.step == 5
     ended, resumed = weights_of(whole), weights_of(third)
     for name, value in ended.items():
@@ -275,7 +275,7 @@ def test_a_checkpoint_gives_back_step_clock_and_weights(
     start: Callable[[str], CachedRun],
 ) -> None:
     run = start("one")
-    stop_after(3, run.tune(MINUTES, 1e9, batch=2))
+    stop_after(3, run.tune(MINUTES, 1e9))
     trained = weights_of(run)
     again = start("one")
     assert any(not torch.equal(v, trained[k]) for k, v in weights_of(again).items())
@@ -290,7 +290,7 @@ def groups(run: CachedRun) -> tuple[Any, Any]:
 
 def test_tuning_lowers_the_loss(start: Callable[[str], CachedRun]) -> None:
     run = start("learns")
-    lines = list(run.tune(12 * 400 / 60 - 1, 1e9, batch=2))
+    lines = list(run.tune(12 * 400 / 60 - 1, 1e9))
     losses = [float(line.split()[3]) for line in lines]
     assert len(losses) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.03
 
@@ -454,6 +454,6 @@ def test_align_learns_what_shapes_are_and_where(
 def test_the_encoder_stays_as_it_is(start: Callable[[str], CachedRun]) -> None:
     run = start("frozen")
     before = weights_of(run)
-    stop_after(2, run.tune(MINUTES, 1e9, batch=2))
+    stop_after(2, run.tune(MINUTES, 1e9))
     after = weights_of(run)
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("vision"))

@@ -88,9 +88,20 @@ def test_a_run_may_begin_with_released_weights() -> None:
         fresh.restore(other)
 
 
-def test_a_recipe_has_weights_of_its_own_to_begin_with(tmp_path: Path) -> None:
-    with pytest.raises(typer.BadParameter, match="without --begin"):
-        train.main(recipe="prumerge", begin=tmp_path / "weights.safetensors")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": "prumerge", "begin": Path("weights.safetensors")}, "without --begin"),
+        ({"recipe": "prumerge", "dtype": "bfloat16"}, "without --recipe"),
+        ({"device": "cuda", "rows": "3,8,0"}, "run on a CPU"),
+        ({"device": "cpu", "dtype": "float16"}, "neither float32 nor bfloat16"),
+        ({"device": "cpu", "rows": "3,8"}, "give --rows 6,7,3"),
+        ({"device": "cpu", "rows": "0,8,1"}, "at least 1"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(typer.BadParameter, match=message):
+        train.main(**given)
 
 
 def test_only_deltas_and_projector_are_trained() -> None:

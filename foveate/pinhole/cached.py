@@ -40,7 +40,7 @@ from foveate.tasks.scenes import draw as draw_scene
 
 Array = NDArray[Any]
 TEXT = 208
-STORED, DRAWN, CLIPS = 3, 8, 0  # rows in a step: stored images, drawn scenes, clips of stored
+ROWS = (6, 7, 3)  # in a step: about stored images, about drawn scenes, about clips of the stored
 FRAMES = (3, 4, 6)
 SHOWN = {4: 40, 2: 96, 1: IMAGE_TOKENS}  # patches of a drawn scene, by the stride of the others
 SCENES = 480  # to align with
@@ -160,8 +160,7 @@ class CachedRun:
         photos: the training photos, the first ``counts[0]`` of which are used.
         checks: ``(name, examples)`` of validation tasks, a few hundred in all.
         counts: photos and easy-VQA images to encode.
-        drawn: rows of drawn scenes in every step of tuning.
-        clips: rows of clips in every step.
+        rows: in every step of tuning, about stored images, drawn scenes and clips.
     """
 
     def __init__(
@@ -172,23 +171,22 @@ class CachedRun:
         checks: dict[str, list[Example]],
         counts: tuple[int, int],
         *,
-        drawn: int = DRAWN,
-        clips: int = CLIPS,
+        rows: tuple[int, int, int] = ROWS,
         seed: int = 0,
     ) -> None:
-        self.student, self.out, self.drawn, self.seed = student, out, drawn, seed
-        self.clips = clips
+        self.student, self.out, self.seed = student, out, seed
+        self.stored, self.drawn, self.clips = rows
         self.writer = Writer(out / "processor" / "tokenizer.json")
         some = photos.first(counts[0])
         self.easy = EasyRows()
-        grounds = [some.image(i) for i in range(0, len(some), 10)] if drawn else []
+        grounds = [some.image(i) for i in range(0, len(some), 10)] if self.drawn else []
         lessons = PhotoRows(some), self.easy, counts[1], self.writer, grounds
-        self.lessons = Lessons(*lessons, _clips(some, counts) if clips else ())
+        self.lessons = Lessons(*lessons, _clips(some, counts) if self.clips else ())
         self._photos, self._checks, self._counts = some, checks, counts
         self.names = Names(self.writer, student.get("model.language_model.embed_tokens.weight"))
         self.features = Features(out / "train.features", sum(counts))
         self.checked = Features(out / "check.features", sum(map(len, checks.values())))
-        self.scenes = Features(out / "scenes.features", SCENES if drawn else 0)
+        self.scenes = Features(out / "scenes.features", SCENES if self.drawn else 0)
         self.seconds, self.step = 0.0, 0
 
     def encode(self) -> Iterator[int]:
@@ -239,7 +237,7 @@ class CachedRun:
             s.answer for s in self.easy.by_image[number] if s.answer not in ("yes", "no")
         )
 
-    def tune(self, minutes: float, check_every: float, batch: int = STORED) -> Iterator[str]:
+    def tune(self, minutes: float, check_every: float) -> Iterator[str]:
         """Step 3, by the clock: a checkpoint every five minutes, checks as often as told (s)."""
         parts = list(self.student.projector.parameters())
         deltas = list(self.student.language.parameters())
@@ -256,7 +254,7 @@ class CachedRun:
             done = self.seconds / (minutes * 60)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * min(1.0, done / 0.03) * (1 - done) ** 0.7
-            losses = self._update(optimizer, [*parts, *deltas], batch, _stride(done))
+            losses = self._update(optimizer, [*parts, *deltas], _stride(done))
             self.step += 1
             self.seconds = time.monotonic() - begun
             paused = time.monotonic()
@@ -274,12 +272,12 @@ class CachedRun:
         self._save(optimizer)
 
     def _update(
-        self, optimizer: torch.optim.Optimizer, parts: list[Any], batch: int, stride: int
+        self, optimizer: torch.optim.Optimizer, parts: list[Any], stride: int
     ) -> dict[str, float]:
         rng = random.Random(f"{self.seed} {self.step}")
         draw = torch.Generator().manual_seed(rng.randrange(2**31))
         optimizer.zero_grad()
-        some = self.lessons.stored(self.features, rng, draw, batch, stride)
+        some = self.lessons.stored(self.features, rng, draw, self.stored, stride)
         losses = {"stored": self._learn(*some)}
         if self.drawn:
             count = SHOWN[stride]

@@ -64,6 +64,7 @@ class Settings:
     max_steps: int | None = None
     begin: str = ""
     dtype: str = "float32"
+    rows: str = "6,7,3"
 
 
 @dataclass
@@ -344,7 +345,8 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
     }
     split = photos(data, "train")
     counts = (min(len(split), settings.limit or 3000), 400)
-    run = CachedRun(student, out, split, checks, counts, seed=settings.seed)
+    rows = _rows(settings.rows)
+    run = CachedRun(student, out, split, checks, counts, rows=rows, seed=settings.seed)
     with _bar() as bar:
         job = bar.add_task("encoding photos", total=sum(counts))
         for done in run.encode():
@@ -450,6 +452,16 @@ def _rate(done: float, warm_up: float, *, late: bool) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _rows(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.strip().isdigit() for p in parts) or int(parts[0]) < 1:
+        raise typer.BadParameter(
+            f"--rows {text} is not three whole numbers, the first at least 1; give --rows 6,7,3."
+        )
+    stored, drawn, clips = map(int, parts)
+    return stored, drawn, clips
+
+
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -487,8 +499,11 @@ def main(
     check_every: float = 120.0,
     max_steps: int | None = None,
     dtype: Annotated[
-        str, typer.Option(help="on a CPU: bfloat16 is faster where it has units for it")
-    ] = "float32",
+        str, typer.Option(help="on a CPU: float32, or bfloat16 where it has units for it")
+    ] = "",
+    rows: Annotated[
+        str, typer.Option(help="on a CPU: about stored images, drawn scenes, clips; 6,7,3")
+    ] = "",
     begin: Annotated[
         Path | None, typer.Option(help="weights to begin with, instead of aligning the projector")
     ] = None,
@@ -499,11 +514,15 @@ def main(
     seed: int = 0,
 ) -> None:
     """Train pinhole's projector and low-rank deltas."""
-    if dtype not in ("float32", "bfloat16"):
-        raise typer.BadParameter(f"--dtype {dtype} is neither float32 nor bfloat16.")
     if recipe and begin:
         raise typer.BadParameter("--recipe tunes the released weights; give it without --begin.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if (dtype or rows) and (recipe or device != "cpu"):
+        raise typer.BadParameter("--dtype and --rows are for a run on a CPU without --recipe.")
+    if dtype not in ("", "float32", "bfloat16"):
+        raise typer.BadParameter(f"--dtype {dtype} is neither float32 nor bfloat16.")
+    rows = rows or Settings.rows
+    _rows(rows)
     settings = Settings(
         minutes=minutes,
         batch=batch or (12 if recipe else 64),
@@ -519,7 +538,8 @@ def main(
         vision_lr=vision_lr,
         rank=rank,
         begin=str(begin or ""),
-        dtype=dtype,
+        dtype=dtype or Settings.dtype,
+        rows=rows,
     )
     if recipe:
         train_recipe(settings, out, data, recipe, device)
