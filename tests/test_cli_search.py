@@ -40,6 +40,7 @@ def search(loaded, elsewhere) -> list[str]:
     questions("seen.jsonl", range(5))
     questions("unseen.jsonl", range(5, 9))
     more = ["--task", "seen.jsonl", "--check-task", "unseen.jsonl", "--model", "tiny"]
+    more += ["--dtype", "float32"]  # what is loaded here, and workers take on any processor
     return [*more, "--objective", "kl", "--batch", "3", "-o", "r.json"]
 
 
