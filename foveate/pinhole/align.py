@@ -57,9 +57,8 @@ class Covered:
     words: Tensor
 
     @classmethod
-    def by(cls, scenes: Iterable[Row | Scene], features: Tensor) -> Covered:
-        """Those of ``features`` (B, tokens, D), which are of these scenes."""
-        words = torch.stack([Names.of(scene.items) for scene in scenes])
+    def by(cls, words: Tensor, features: Tensor) -> Covered:
+        """Those of ``features`` (B, tokens, D) that have ``words`` (B, tokens, 4)."""
         covered = words[..., 0] >= 0
         return cls(features[covered], words[covered])
 
@@ -68,9 +67,12 @@ class Covered:
         return Covered(self.features[index], self.words[index])
 
 
-def covered_first(scenes: Iterable[Row | Scene], count: int, draw: torch.Generator) -> Tensor:
-    """(B, count) patches, ascending: what a shape covers, then what is beside, then random ones."""
-    covered = torch.stack([Names.of(scene.items)[:, 0] >= 0 for scene in scenes]).float()
+def covered_first(words: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """(B, count) patches, ascending: what a shape covers, then what is beside, then random ones.
+
+    Shapes cover the patches that have ``words`` (B, tokens, 4).
+    """
+    covered = (words[..., 0] >= 0).float()
     beside = F.max_pool2d(covered.view(-1, 1, SIDE, SIDE), 3, 1, 1).flatten(1)
     order = covered + beside + torch.rand(covered.shape, generator=draw)
     return order.topk(count).indices.sort(-1).values
@@ -103,6 +105,11 @@ class Names:
             found = [kind.index(word) for kind, word in zip(cls.KINDS, told, strict=True)]
             labels[inside] = torch.tensor(found)
         return labels.flatten(0, 1)
+
+    @classmethod
+    def all(cls, scenes: Iterable[Row | Scene]) -> Tensor:
+        """``of`` every scene: (B, tokens, 4)."""
+        return torch.stack([cls.of(scene.items) for scene in scenes])
 
     def loss(self, student: Student, covered: Covered) -> Tensor:
         """Cross-entropy over the words of each kind, of these patches as projected."""

@@ -40,7 +40,6 @@ from foveate.tasks.scenes import draw as draw_scene
 
 Array = NDArray[Any]
 TEXT = 208
-ROWS = (6, 7, 3)  # in a step: about stored images, about drawn scenes, about clips of the stored
 FRAMES = (3, 4, 6)
 SHOWN = {4: 40, 2: 96, 1: IMAGE_TOKENS}  # patches of a drawn scene, by the stride of the others
 SCENES = 480  # to align with
@@ -85,8 +84,9 @@ class Lessons:
         pixels = np.stack([r.pixels for r in made if r.pixels is not None])
         with torch.no_grad():
             features = student.features(normalise(resized(torch.from_numpy(pixels)))).float()
-        rows = self.rows(features, covered_first(made, count, draw), self._laid(made))
-        return rows, Covered.by(made, features)
+        words = Names.all(made)
+        rows = self.rows(features, covered_first(words, count, draw), self._laid(made))
+        return rows, Covered.by(words, features)
 
     def filmed(
         self, features: Features, rng: random.Random, draw: torch.Generator, size: int, stride: int
@@ -171,7 +171,7 @@ class CachedRun:
         checks: dict[str, list[Example]],
         counts: tuple[int, int],
         *,
-        rows: tuple[int, int, int] = ROWS,
+        rows: tuple[int, int, int],
         seed: int = 0,
     ) -> None:
         self.student, self.out, self.seed = student, out, seed
@@ -230,7 +230,7 @@ class CachedRun:
         images = Lazy(lambda i: self._scene(i).image, len(every))
         for _ in self.scenes.fill(images, self.student):  # here: only alignment needs them
             pass
-        return Covered.by(map(self._scene, every), self.scenes.take(every))
+        return Covered.by(Names.all(map(self._scene, every)), self.scenes.take(every))
 
     def _said(self, number: int) -> str:
         return " ".join(

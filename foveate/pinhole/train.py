@@ -64,7 +64,7 @@ class Settings:
     max_steps: int | None = None
     begin: str = ""
     dtype: str = "float32"
-    rows: str = "6,7,3"
+    rows: tuple[int, int, int] = (6, 7, 3)
 
 
 @dataclass
@@ -345,8 +345,7 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
     }
     split = photos(data, "train")
     counts = (min(len(split), settings.limit or 3000), 400)
-    rows = _rows(settings.rows)
-    run = CachedRun(student, out, split, checks, counts, rows=rows, seed=settings.seed)
+    run = CachedRun(student, out, split, checks, counts, rows=settings.rows, seed=settings.seed)
     with _bar() as bar:
         job = bar.add_task("encoding photos", total=sum(counts))
         for done in run.encode():
@@ -521,8 +520,6 @@ def main(
         raise typer.BadParameter("--dtype and --rows are for a run on a CPU without --recipe.")
     if dtype not in ("", "float32", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype} is neither float32 nor bfloat16.")
-    rows = rows or Settings.rows
-    _rows(rows)
     settings = Settings(
         minutes=minutes,
         batch=batch or (12 if recipe else 64),
@@ -539,7 +536,7 @@ def main(
         rank=rank,
         begin=str(begin or ""),
         dtype=dtype or Settings.dtype,
-        rows=rows,
+        rows=_rows(rows) if rows else Settings.rows,
     )
     if recipe:
         train_recipe(settings, out, data, recipe, device)
