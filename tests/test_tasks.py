@@ -393,6 +393,10 @@ def right(question: str, items: list[scenes.Item]) -> str:
     if found:
         said = {w.removesuffix("es" if w == "crosses" else "s") for w in found[1].split()}
         return str(sum(said - {"shape"} <= {i.colour, i.shape} for i in items))
+    at = re.fullmatch(r"What is at the (\w+ \w+)\?", question)
+    if at:
+        (one,) = (i for i in items if corner(i) == at[1])
+        return one.name
     plain = re.fullmatch(r"(What color|What shape|Where) is (?:the )?(\w+)(?: shape)?\?", question)
     if plain:
         (one,) = (i for i in items if plain[2] in (i.colour, i.shape))

@@ -256,6 +256,8 @@ def _plain_questions(items: list[Item]) -> list[Question]:
             if _clear(item):
                 text = f"Where is the {item.colour} shape?"
                 found.append(Question(text, PLACES[item.place], "plain"))
+        if _clear(item) and sum(i.place == item.place for i in items) == 1:
+            found.append(Question(f"What is at the {PLACES[item.place]}?", item.name, "plain"))
     return found
 
 
