@@ -161,8 +161,8 @@ def gained(row: Row) -> str:
 
 
 def _score(row: Row) -> str:
-    score = f"{100 * row['score']:.1f} %"
-    interval = f"({100 * row['ci_low']:.1f}–{100 * row['ci_high']:.1f})"
+    score = f"{100 * row['score']:.1f}"
+    interval = f"({100 * row['ci_low']:.0f}–{100 * row['ci_high']:.0f})"
     return f"{f'**{score}**' if differs(row) else score} {interval}"
 
 
@@ -194,7 +194,7 @@ def _legend(result: Row) -> str:
     graded = sorted({options(r["task"])[0] for r in result["rows"] if r["mcnemar_p"] is None})
     instead = f" (for {', '.join(graded)} the paired bootstrap's interval)" if graded else ""
     return (
-        "Scores with their 95 % intervals; bold where the difference from dense over the same "
+        "Scores in per cent with their 95 % intervals; bold where the difference from dense over the same "
         f"examples is significant at the 95 % level by McNemar's exact test{instead}, not "
         "corrected for the number of comparisons. Vision tokens are means over layers and "
         "examples, FLOPs those of the language model's prefill, and prefill ms means per prompt, "

@@ -87,11 +87,11 @@ def test_what_differs(n: int, p: float | None, low: float, high: float, said: bo
 def test_markdown_says_all_of_it() -> None:
     head, _, dense, blank, reduced, _, *about = markdown(result()).split("\n")
     assert head == "| recipe | vision tokens | FLOPs | prefill ms | easy | captions |"
-    same = "50.0 % (40.1–59.9)"
+    same = "50.0 (40–60)"
     assert dense == f"| dense | 256 | 1.0× | 40 | {same} | {same} |"
-    blanked = "**25.0 %** (40.1–59.9) | **50.0 %** (40.1–59.9)"
+    blanked = "**25.0** (40–60) | **50.0** (40–60)"
     assert blank == f"| dense, blank images | 256 | 1.0× | 40 | {blanked} |"
-    cells = f"28 | 2.5× fewer | 18 | 40.0 % (40.1–59.9) | {same}"
+    cells = f"28 | 2.5× fewer | 18 | 40.0 (40–60) | {same}"
     assert reduced == f"| `prumerge`, adaptive | {cells} |"
     said = " ".join(about)
     assert "tiny on cpu (one), float32, CPU threads: 2; split train, 100 examples of easy" in said
