@@ -149,7 +149,8 @@ def _shapes_scene(
     for item in items:
         _paint(canvas, item, rng)
     if many:
-        return Scene(ground, _all_questions(rng, items), tuple(items))
+        counted = (target, level) if kind == "count" else None
+        return Scene(ground, _all_questions(rng, items, counted), tuple(items))
     if kind == "count":
         return Scene(ground, (_count_question(rng, items, target, level, False),))
     asked = _where_question(rng, items, False)
@@ -227,16 +228,26 @@ def _corners(item: Item, turn: float) -> list[Point]:
     return [(item.x + h * (x * c - y * s), item.y + h * (x * s + y * c)) for x, y in points]
 
 
-def _all_questions(rng: random.Random, items: list[Item]) -> tuple[Question, ...]:
-    """Up to a dozen questions about one scene of shapes, plainer ones among them."""
-    asked = [_where_question(rng, items, True) for _ in range(5)]
+def _all_questions(
+    rng: random.Random, items: list[Item], counted: tuple[tuple[str, str], str] | None
+) -> tuple[Question, ...]:
+    """Up to a dozen questions about one scene of shapes, plainer ones among them.
+
+    ``counted``: the name and level whose number was drawn evenly from 0 to ``MAX_COUNT``. Of other
+    shapes there is mostly one, which is asked for less often, lest one is the answer to all.
+    """
+    asked = [_where_question(rng, items, True) for _ in range(4)]
     plain = _plain_questions(items)
-    asked += rng.sample(plain, min(4, len(plain)))
-    for level in ("both", "shape", "colour"):
+    asked += rng.sample(plain, min(3, len(plain)))
+    for level in ("both", "shape", "colour") * 2:
         seen = rng.random() < 0.75 and items
         some = rng.choice(items) if seen else None
         target = (some.colour, some.shape) if some else _name(rng)
-        asked.append(_count_question(rng, items, target, level, True))
+        if counted and counted[1] == level:
+            target = counted[0]
+        question = _count_question(rng, items, target, level, True)
+        if question.answer != "1" or rng.random() < 0.3:
+            asked.append(question)
     kept = list({q.text: q for q in asked if q.text}.values())
     rng.shuffle(kept)
     return tuple(kept)
