@@ -194,9 +194,9 @@ def _legend(result: Row) -> str:
     graded = sorted({options(r["task"])[0] for r in result["rows"] if r["mcnemar_p"] is None})
     instead = f" (for {', '.join(graded)} the paired bootstrap's interval)" if graded else ""
     return (
-        "Scores in per cent with their 95 % intervals; bold where the difference from dense over the same "
-        f"examples is significant at the 95 % level by McNemar's exact test{instead}, not "
-        "corrected for the number of comparisons. Vision tokens are means over layers and "
+        "Scores in per cent with their 95 % intervals; bold where the difference from dense over "
+        f"the same examples is significant at the 95 % level by McNemar's exact test{instead}, "
+        "not corrected for the number of comparisons. Vision tokens are means over layers and "
         "examples, FLOPs those of the language model's prefill, and prefill ms means per prompt, "
         "measured, without the vision encoder." + (BUDGETS if budgeted(result["rows"]) else "")
     )

@@ -13,6 +13,7 @@ Shapes: B rows, P prefix, S text, T = P + S, D width, L layers, r rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -315,7 +316,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     if q.device.type != "cpu":
         k, v = (t.repeat_interleave(heads // few, 1) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    scores = (q * width**-0.5).reshape(rows, few, -1, width) @ k.transpose(-1, -2)
+    scores = (q / math.sqrt(width)).reshape(rows, few, -1, width) @ k.transpose(-1, -2)
     shares = (scores.view(rows, heads, length, length) + bias).softmax(-1)
     return (shares.view(rows, few, -1, length) @ v).view(q.shape)
 
