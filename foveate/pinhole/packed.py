@@ -179,14 +179,12 @@ class Student(nn.Module):
 
     def _merged(self) -> list[Sequence[Any]]:
         """Weights of every layer, deltas added: one product, but gradients of whole weights."""
-        q, k, v, o, gate, up, down = (s() for s in self.language.values())
-        merged = (torch.cat([q, k, v], 1), o, torch.cat([gate, up], 1), down)
+        merged = (torch.cat([s() for s in group], 1) for group in self._groups())
         return [w.to(self.dtype).unbind(0) for w in merged]
 
     def _apart(self) -> list[Sequence[Any]]:
         """Weights of every layer, deltas apart: a third less work where products are dear (CPU)."""
-        stacks = [cast(Stack, s) for s in self.language.values()]
-        groups = [[stacks[m] for m in members] for members in ((0, 1, 2), (3,), (4, 5), (6,))]
+        groups = self._groups()
         if not self._joined:
             self._joined = [torch.cat([s.base for s in g], 1).to(self.dtype) for g in groups]
         down = [torch.cat([s.a for s in g], 1).to(self.dtype) for g in groups]
@@ -195,6 +193,11 @@ class Student(nn.Module):
             [LowRank(*layer) for layer in zip(*(w.unbind(0) for w in group), strict=True)]
             for group in zip(self._joined, down, up, strict=True)
         ]
+
+    def _groups(self) -> list[list[Stack]]:
+        """The layers' linears by what they are applied to, each group in one product."""
+        q, k, v, o, gate, up, down = (cast(Stack, s) for s in self.language.values())
+        return [[q, k, v], [o], [gate, up], [down]]
 
     def _rotary(
         self, position: Tensor, places: Tensor | None, prefix: int

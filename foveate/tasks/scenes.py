@@ -231,7 +231,7 @@ def _corners(item: Item, turn: float) -> list[Point]:
 def _all_questions(
     rng: random.Random, items: list[Item], counted: tuple[tuple[str, str], str] | None
 ) -> tuple[Question, ...]:
-    """Up to a dozen questions about one scene of shapes, plainer ones among them.
+    """Up to thirteen questions about one scene of shapes, plainer ones among them.
 
     ``counted``: the name and level whose number was drawn evenly from 0 to ``MAX_COUNT``. Of other
     shapes there is mostly one, which is asked for less often, lest one is the answer to all.
