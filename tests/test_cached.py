@@ -247,6 +247,7 @@ def stop_after(steps: int, lines: Iterator[str]) -> None:
 
 
 MINUTES = 5 * 400 / 60 - 1  # five steps
+LR = 1.2e-3
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
@@ -254,15 +255,15 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     whole = start("whole")
     began = weights_of(whole)
-    list(whole.tune(MINUTES, 1e9))
+    list(whole.tune(MINUTES, 1e9, LR))
     assert whole.step == 5
     first = start("stopped")
-    stop_after(2, first.tune(MINUTES, 1e9))
+    stop_after(2, first.tune(MINUTES, 1e9, LR))
     second = start("stopped")
-    stop_after(1, second.tune(MINUTES, 1e9))
+    stop_after(1, second.tune(MINUTES, 1e9, LR))
     assert (second.step, second.seconds) == (3, 1200)
     third = start("stopped")
-    list(third.tune(MINUTES, 1e9))
+    list(third.tune(MINUTES, 1e9, LR))
     assert third.step == 5
     ended, resumed = weights_of(whole), weights_of(third)
     for name, value in ended.items():
@@ -275,7 +276,7 @@ def test_a_checkpoint_gives_back_step_clock_and_weights(
     start: Callable[[str], CachedRun],
 ) -> None:
     run = start("one")
-    stop_after(3, run.tune(MINUTES, 1e9))
+    stop_after(3, run.tune(MINUTES, 1e9, LR))
     trained = weights_of(run)
     again = start("one")
     assert any(not torch.equal(v, trained[k]) for k, v in weights_of(again).items())
@@ -290,7 +291,7 @@ def groups(run: CachedRun) -> tuple[Any, Any]:
 
 def test_tuning_lowers_the_loss(start: Callable[[str], CachedRun]) -> None:
     run = start("learns")
-    lines = list(run.tune(12 * 400 / 60 - 1, 1e9))
+    lines = list(run.tune(12 * 400 / 60 - 1, 1e9, LR))
     losses = [float(line.split()[3]) for line in lines]
     assert len(losses) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.03
 
@@ -414,14 +415,22 @@ def test_of_scenes_what_is_covered_is_shown_first(start: Callable[[str], CachedR
 
 def test_patches_are_named_by_the_shape_over_them() -> None:
     items = [Item("red", "circle", 40, 40, 30), Item("blue", "star", 300, 200, 25)]
-    words = Names.of(items).view(SIDE, SIDE, 4)
-    centre = 336 / SIDE
+    words = Names.of(items).view(SIDE, SIDE, 5)
+    side = 336 / SIDE
     for y in range(SIDE):
         for x in range(SIDE):
-            at = ((x + 0.5) * centre, (y + 0.5) * centre)
+            at = ((x + 0.5) * side, (y + 0.5) * side)
             under = [i for i in items if max(abs(at[0] - i.x), abs(at[1] - i.y)) < 0.8 * i.half]
             told = [k[w] for k, w in zip(Names.KINDS, words[y, x].tolist(), strict=True) if w >= 0]
-            assert told == [w for i in under for w in (i.colour, i.shape, *WHERE[i.colour])]
+            part = {i: "center" if nearest(at, i) < side / 2 else "edge" for i in under}
+            known = [w for i in under for w in (i.colour, i.shape, *WHERE[i.colour], part[i])]
+            assert told == known
+    centers = words.flatten(0, 1)[:, -1] == Names.PARTS.index("center")
+    assert centers.sum() == len(items)
+
+
+def nearest(at: tuple[float, float], item: Item) -> float:
+    return max(abs(at[0] - item.x), abs(at[1] - item.y))
 
 
 WHERE = {"red": ("top", "left"), "blue": ("bottom", "right")}
@@ -430,7 +439,7 @@ WHERE = {"red": ("top", "left"), "blue": ("bottom", "right")}
 def test_align_learns_what_shapes_are_and_where(
     student_of: Callable[[], Student], tmp_path: Path
 ) -> None:
-    """A patch is the sum of four directions, one of each kind: projected, it is near all four."""
+    """A patch is the sum of directions, one of each kind: projected, it is near all of them."""
     student, draw = student_of(), torch.Generator().manual_seed(0)
     every = [w for kind in Names.KINDS for w in kind]
     writer = SimpleNamespace(
@@ -454,6 +463,14 @@ def test_align_learns_what_shapes_are_and_where(
 def test_the_encoder_stays_as_it_is(start: Callable[[str], CachedRun]) -> None:
     run = start("frozen")
     before = weights_of(run)
-    stop_after(2, run.tune(MINUTES, 1e9))
+    stop_after(2, run.tune(MINUTES, 1e9, LR))
     after = weights_of(run)
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("vision"))
+    assert not all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_rate_that_is_asked_for_is_used(start: Callable[[str], CachedRun]) -> None:
+    run = start("still")
+    before = weights_of(run)
+    stop_after(2, run.tune(MINUTES, 1e9, 0.0))
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(run).items())

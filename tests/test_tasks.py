@@ -377,14 +377,17 @@ def test_where_and_count_agree_with_what_was_drawn(plain: list[list[scenes.Item]
 
 
 def test_training_questions_agree_with_what_was_drawn(plain: list[list[scenes.Item]]) -> None:
-    asked = 0
-    for seed in range(60):
-        scene = scenes.draw("where", random.Random(seed), (), many=True)
+    answers: Counter[str] = Counter()
+    for seed in range(150):
+        kind = "where" if seed % 3 == 0 else "count"
+        scene = scenes.draw(kind, random.Random(seed), (), many=True)
         for question in scene.questions:
             expected = right(question.text, plain[-1])
             assert question.answer == expected, question.text
-            asked += 1
-    assert asked > 300
+            answers[expected] += 1
+    assert answers.total() > 600
+    counts = [answers[str(n)] for n in range(scenes.MAX_COUNT + 1)]
+    assert min(counts) > 0.08 * sum(counts) and max(counts) < 0.3 * sum(counts)
 
 
 def right(question: str, items: list[scenes.Item]) -> str:

@@ -51,14 +51,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Covered:
-    """Patches that drawn shapes cover: features (N, D), and their words (N, 4) as in ``Names``."""
+    """Patches that drawn shapes cover: features (N, D), and their words (N, 5) as in ``Names``."""
 
     features: Tensor
     words: Tensor
 
     @classmethod
     def by(cls, words: Tensor, features: Tensor) -> Covered:
-        """Those of ``features`` (B, tokens, D) that have ``words`` (B, tokens, 4)."""
+        """Those of ``features`` (B, tokens, D) that have ``words`` (B, tokens, 5)."""
         covered = words[..., 0] >= 0
         return cls(features[covered], words[covered])
 
@@ -70,7 +70,7 @@ class Covered:
 def covered_first(words: Tensor, count: int, draw: torch.Generator) -> Tensor:
     """(B, count) patches, ascending: what a shape covers, then what is beside, then random ones.
 
-    Shapes cover the patches that have ``words`` (B, tokens, 4).
+    Shapes cover the patches that have ``words`` (B, tokens, 5).
     """
     covered = (words[..., 0] >= 0).float()
     beside = F.max_pool2d(covered.view(-1, 1, SIDE, SIDE), 3, 1, 1).flatten(1)
@@ -79,12 +79,14 @@ def covered_first(words: Tensor, count: int, draw: torch.Generator) -> Tensor:
 
 
 class Names:
-    """What a patch of a drawn shape should be near: its colour, its shape and its place, in words.
+    """What a patch of a drawn shape should be near, in words: its colour, shape, place and part.
 
-    Words are told apart within each kind only, so a patch can be near one of each.
+    Words are told apart within each kind only, so a patch can be near one of each. One patch a
+    shape is its center, so that shapes can be counted, and not only the area that they cover.
     """
 
-    KINDS = (tuple(COLOURS), SHAPES, ("top", "bottom"), ("left", "right"))
+    PARTS = ("center", "edge")
+    KINDS = (tuple(COLOURS), SHAPES, ("top", "bottom"), ("left", "right"), PARTS)
 
     def __init__(self, writer: Writer, table: Tensor) -> None:
         self._mean = table.float().mean(0)
@@ -95,20 +97,23 @@ class Names:
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Tensor:
-        """(tokens, 4): which word of each kind the shape says that a patch lies in, -1 for none."""
+        """(tokens, 5): which word of each kind the shape says that a patch lies in, -1 for none."""
         middle = (torch.arange(SIDE) + 0.5) * SIZE / SIDE
         y, x = torch.meshgrid(middle, middle, indexing="ij")
         labels = torch.full((SIDE, SIDE, len(cls.KINDS)), -1)
         for item in items:
             inside = torch.maximum((x - item.x).abs(), (y - item.y).abs()) < 0.8 * item.half
-            told = (item.colour, item.shape, *PLACES[item.place].split())
+            told = (item.colour, item.shape, *PLACES[item.place].split(), "edge")
             found = [kind.index(word) for kind, word in zip(cls.KINDS, told, strict=True)]
+            center = int(item.y * SIDE / SIZE), int(item.x * SIDE / SIZE)
+            inside[center] = True
             labels[inside] = torch.tensor(found)
+            labels[(*center, -1)] = cls.PARTS.index("center")
         return labels.flatten(0, 1)
 
     @classmethod
     def all(cls, scenes: Iterable[Row | Scene]) -> Tensor:
-        """``of`` every scene: (B, tokens, 4)."""
+        """``of`` every scene: (B, tokens, 5)."""
         return torch.stack([cls.of(scene.items) for scene in scenes])
 
     def loss(self, student: Student, covered: Covered) -> Tensor:

@@ -237,12 +237,15 @@ class CachedRun:
             s.answer for s in self.easy.by_image[number] if s.answer not in ("yes", "no")
         )
 
-    def tune(self, minutes: float, check_every: float) -> Iterator[str]:
-        """Step 3, by the clock: a checkpoint every five minutes, checks as often as told (s)."""
+    def tune(self, minutes: float, check_every: float, lr: float) -> Iterator[str]:
+        """Step 3, by the clock: a checkpoint every five minutes, checks as often as told (s).
+
+        ``lr`` is the peak of the deltas' rate; the projector's is a quarter of it.
+        """
         parts = list(self.student.projector.parameters())
         deltas = list(self.student.language.parameters())
         optimizer = torch.optim.AdamW(
-            [{"params": parts, "peak": 3e-4}, {"params": deltas, "peak": 1.2e-3}],
+            [{"params": parts}, {"params": deltas}],
             lr=0.0,
             betas=(0.9, 0.98),
             weight_decay=0.0,
@@ -252,8 +255,8 @@ class CachedRun:
         saved = checked = self.seconds
         while self.seconds < minutes * 60:
             done = self.seconds / (minutes * 60)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * min(1.0, done / 0.03) * (1 - done) ** 0.7
+            for group, peak in zip(optimizer.param_groups, (lr / 4, lr), strict=True):
+                group["lr"] = peak * min(1.0, done / 0.03) * (1 - done) ** 0.7
             losses = self._update(optimizer, [*parts, *deltas], _stride(done))
             self.step += 1
             self.seconds = time.monotonic() - begun
@@ -339,7 +342,7 @@ class CachedRun:
 
 def _stride(done: float) -> int:
     """Few patches while much is new, all of them at the end."""
-    return 4 if done < 0.3 else 2 if done < 0.95 else 1
+    return 4 if done < 0.2 else 2 if done < 0.8 else 1
 
 
 def _clips(some: Photos, counts: tuple[int, int]) -> list[ClipRows]:

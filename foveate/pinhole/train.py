@@ -356,7 +356,7 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
             if step % 100 == 0:
                 print(f"align step {step} loss {loss:.3f}", flush=True)
         job = bar.add_task("tuning", total=settings.minutes * 60)
-        for line in run.tune(settings.minutes, settings.check_every):
+        for line in run.tune(settings.minutes, settings.check_every, settings.lr):
             bar.update(job, completed=run.seconds, description=line)
             if run.step % 20 == 1:
                 print(line, flush=True)
@@ -507,7 +507,9 @@ def main(
         Path | None, typer.Option(help="weights to begin with, instead of aligning the projector")
     ] = None,
     rank_weight: float = 0.2,
-    lr: Annotated[float | None, typer.Option(help="peak: 8e-4, with a recipe 3e-4")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="peak: 8e-4, on a CPU 1.2e-3, with a recipe 3e-4")
+    ] = None,
     vision_lr: float = 3e-4,
     rank: Annotated[int, typer.Option(help="rank of the language model's deltas")] = 48,
     seed: int = 0,
@@ -531,7 +533,7 @@ def main(
         check_every=check_every,
         max_steps=max_steps,
         rank_weight=rank_weight,
-        lr=lr or (3e-4 if recipe else 8e-4),
+        lr=lr or (3e-4 if recipe else 1.2e-3 if device == "cpu" else 8e-4),
         vision_lr=vision_lr,
         rank=rank,
         begin=str(begin or ""),

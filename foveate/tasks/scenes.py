@@ -32,6 +32,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("where", "count", "words")
 MAX_COUNT = 5
+ASKED = {"0": 0.25, "1": 0.08, "2": 0.25}  # shares of these answers that training asks for
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -233,20 +234,20 @@ def _all_questions(
 ) -> tuple[Question, ...]:
     """Up to thirteen questions about one scene of shapes, plainer ones among them.
 
-    ``counted``: the name and level whose number was drawn evenly from 0 to ``MAX_COUNT``. Of other
-    shapes there is mostly one, which is asked for less often, lest one is the answer to all.
+    ``counted``: the name and level whose number was drawn evenly from 0 to ``MAX_COUNT``, always
+    asked for. Of other shapes there are mostly none to two, which are asked for less often
+    (``ASKED``), lest every number is learned to be one of these.
     """
-    asked = [_where_question(rng, items, True) for _ in range(4)]
+    asked = [_where_question(rng, items, True) for _ in range(2)]
     plain = _plain_questions(items)
-    asked += rng.sample(plain, min(3, len(plain)))
-    for level in ("both", "shape", "colour") * 2:
+    asked += rng.sample(plain, min(1, len(plain)))
+    asked += [_count_question(rng, items, *counted, True)] if counted else []
+    for level in ("both", "shape", "colour") * 3:
         seen = rng.random() < 0.75 and items
         some = rng.choice(items) if seen else None
         target = (some.colour, some.shape) if some else _name(rng)
-        if counted and counted[1] == level:
-            target = counted[0]
         question = _count_question(rng, items, target, level, True)
-        if question.answer != "1" or rng.random() < 0.3:
+        if rng.random() < ASKED.get(question.answer, 1.0):
             asked.append(question)
     kept = list({q.text: q for q in asked if q.text}.values())
     rng.shuffle(kept)
