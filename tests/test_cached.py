@@ -420,16 +420,17 @@ def test_patches_are_named_by_the_shape_over_them() -> None:
     for y in range(SIDE):
         for x in range(SIDE):
             at = ((x + 0.5) * side, (y + 0.5) * side)
-            under = [i for i in items if max(abs(at[0] - i.x), abs(at[1] - i.y)) < 0.8 * i.half]
+            under = [i for i in items if away(at, i) < 0.8 * i.half]
             told = [k[w] for k, w in zip(Names.KINDS, words[y, x].tolist(), strict=True) if w >= 0]
-            part = {i: "center" if nearest(at, i) < side / 2 else "edge" for i in under}
+            part = {i: "center" if away(at, i) < side / 2 else "edge" for i in under}
             known = [w for i in under for w in (i.colour, i.shape, *WHERE[i.colour], part[i])]
             assert told == known
     centers = words.flatten(0, 1)[:, -1] == Names.PARTS.index("center")
     assert centers.sum() == len(items)
 
 
-def nearest(at: tuple[float, float], item: Item) -> float:
+def away(at: tuple[float, float], item: Item) -> float:
+    """The larger of the distances from the shape's centre along x and y."""
     return max(abs(at[0] - item.x), abs(at[1] - item.y))
 
 

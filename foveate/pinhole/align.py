@@ -51,14 +51,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Covered:
-    """Patches that drawn shapes cover: features (N, D), and their words (N, 5) as in ``Names``."""
+    """Patches that drawn shapes cover: features (N, D), and their words (N, kinds) of ``Names``."""
 
     features: Tensor
     words: Tensor
 
     @classmethod
     def by(cls, words: Tensor, features: Tensor) -> Covered:
-        """Those of ``features`` (B, tokens, D) that have ``words`` (B, tokens, 5)."""
+        """Those of ``features`` (B, tokens, D) that have ``words`` (B, tokens, kinds)."""
         covered = words[..., 0] >= 0
         return cls(features[covered], words[covered])
 
@@ -70,7 +70,7 @@ class Covered:
 def covered_first(words: Tensor, count: int, draw: torch.Generator) -> Tensor:
     """(B, count) patches, ascending: what a shape covers, then what is beside, then random ones.
 
-    Shapes cover the patches that have ``words`` (B, tokens, 5).
+    Shapes cover the patches that have ``words`` (B, tokens, kinds).
     """
     covered = (words[..., 0] >= 0).float()
     beside = F.max_pool2d(covered.view(-1, 1, SIDE, SIDE), 3, 1, 1).flatten(1)
@@ -97,7 +97,7 @@ class Names:
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Tensor:
-        """(tokens, 5): which word of each kind the shape says that a patch lies in, -1 for none."""
+        """(tokens, kinds): of each kind the word for the shape over a patch, -1 for none."""
         middle = (torch.arange(SIDE) + 0.5) * SIZE / SIDE
         y, x = torch.meshgrid(middle, middle, indexing="ij")
         labels = torch.full((SIDE, SIDE, len(cls.KINDS)), -1)
@@ -113,7 +113,7 @@ class Names:
 
     @classmethod
     def all(cls, scenes: Iterable[Row | Scene]) -> Tensor:
-        """``of`` every scene: (B, tokens, 5)."""
+        """``of`` every scene: (B, tokens, kinds)."""
         return torch.stack([cls.of(scene.items) for scene in scenes])
 
     def loss(self, student: Student, covered: Covered) -> Tensor:
