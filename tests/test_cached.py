@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate.pinhole import cached, mix
+from foveate.pinhole import cached, mix, reading
 from foveate.pinhole.align import Covered, Names, Vocabulary, align
 from foveate.pinhole.assembly import IMAGE_TOKENS
 from foveate.pinhole.bank import RANK_SHARPNESS, normalise, rank_loss, resized
@@ -24,7 +24,8 @@ from foveate.pinhole.cached import CachedRun
 from foveate.pinhole.features import SIDE, Features, cells, stacked
 from foveate.pinhole.mix import RANKED
 from foveate.pinhole.packed import Student
-from foveate.tasks import video
+from foveate.pinhole.reading import Lesson, Reading
+from foveate.tasks import scenes, video
 from foveate.tasks.flickr8k import Labels
 from foveate.tasks.photos import photos
 from foveate.tasks.scenes import Item
@@ -229,7 +230,7 @@ def start(
     def begin(name: str) -> CachedRun:
         out = tmp_path / name
         miniature.tokenizer_file(out / "processor" / "tokenizer.json", spoken)
-        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), rows=(2, 1, 1))
+        run = CachedRun(student_of(), out, photos(data, "train"), {}, (12, 3), rows=(2, 1, 1, 1))
         list(run.encode())
         return run
 
@@ -383,9 +384,10 @@ def test_what_is_asked_about_clips_is_true_and_tells_nothing() -> None:
 def test_scenes_are_drawn_anew_and_encoded(start: Callable[[str], CachedRun]) -> None:
     run = start("drawn")
     draw = torch.Generator().manual_seed(0)
-    rows, covered = run.lessons.drawn(run.student, random.Random(5), draw, 2, IMAGE_TOKENS)
-    again, _ = run.lessons.drawn(run.student, random.Random(5), draw, 2, IMAGE_TOKENS)
-    other, _ = run.lessons.drawn(run.student, random.Random(6), draw, 2, IMAGE_TOKENS)
+    (rows, covered), (again, _), (other, _) = (
+        run.lessons.drawn(run.student, run.names, random.Random(seed), draw, 2, IMAGE_TOKENS)
+        for seed in (5, 5, 6)
+    )
     assert torch.equal(rows.pixels, again.pixels) and torch.equal(rows.text, again.text)
     assert not torch.equal(rows.pixels, other.pixels)
     scene = mix.scene_row("shapes", random.Random(5), run.lessons.backgrounds)
@@ -402,7 +404,7 @@ def test_scenes_are_drawn_anew_and_encoded(start: Callable[[str], CachedRun]) ->
 def test_of_scenes_what_is_covered_is_shown_first(start: Callable[[str], CachedRun]) -> None:
     run = start("shown")
     draw = torch.Generator().manual_seed(0)
-    rows, _ = run.lessons.drawn(run.student, random.Random(5), draw, 3, 100)
+    rows, _ = run.lessons.drawn(run.student, run.names, random.Random(5), draw, 3, 100)
     rng = random.Random(5)
     made = [mix.scene_row("shapes", rng, run.lessons.backgrounds) for _ in range(3)]
     at = run.lessons.writer.prefix()[1]
@@ -459,6 +461,84 @@ def test_align_learns_what_shapes_are_and_where(
     before = names.loss(student, held).item()
     list(align(student, pictures, known, steps=40, scenes=(names, covered)))
     assert names.loss(student, held).item() < 0.4 * before
+
+
+def test_patches_are_named_by_the_word_over_them() -> None:
+    """Patch by patch, from the pixel in its middle."""
+    known = scenes.vocabulary()
+    writer = SimpleNamespace(ids=lambda word: (len(word),))
+    named = Reading(writer, torch.randn(9, 16))  # type: ignore[arg-type]
+    scene = scenes.draw("words", random.Random(4), (), many=True)
+    assert len(scene.words) > 1
+    labels = named.of(scene.words).view(SIDE, SIDE, 2)
+    found = []
+    for y in range(SIDE):
+        for x in range(SIDE):
+            middle = tuple(int((k + 0.5) * 336 / SIDE) for k in (x, y))
+            under = [(w, w.letters.getpixel(middle)) for w in scene.words]
+            told = [(known.index(w.word), ord(w.word[n - 1]) - ord("a")) for w, n in under if n]
+            assert [tuple(labels[y, x].tolist())] == (told or [(-1, -1)])
+            found += told
+    assert {word for word, _ in found} == {known.index(w.word) for w in scene.words}
+
+
+@pytest.fixture
+def lesson(
+    start: Callable[[str], CachedRun], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Lesson]:
+    """A lesson in reading four words, in the folder of that name."""
+    monkeypatch.setattr(scenes, "vocabulary", lambda: ("box", "dog", "yes", "red"))
+    monkeypatch.setattr(reading, "vocabulary", scenes.vocabulary)
+    for name, value in {"FIRST": 1, "SPELLED": 2, "WORDS": 4, "SHAPES": 1, "PHOTOS": 1}.items():
+        monkeypatch.setattr(reading, name, value)
+    clock = Clock()
+    update = Lesson._update
+
+    def timed(self: Lesson) -> str:
+        clock.now += 400
+        return update(self)
+
+    monkeypatch.setattr(reading, "time", clock)
+    monkeypatch.setattr(Lesson, "_update", timed)
+
+    def begin(name: str) -> Lesson:
+        run = start(name)
+        return Lesson(run.student, run.out, run._photos, run.reading)
+
+    return begin
+
+
+def told(line: str, name: str) -> float:
+    words = line.split()
+    return float(words[words.index(name) + 1])
+
+
+def test_the_encoder_learns_to_read_what_it_sees_often(
+    lesson: Callable[[str], Lesson], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = Lesson._images
+    monkeypatch.setattr(Lesson, "_images", lambda self, rng: images(self, random.Random(0)))
+    made = lesson("reads")
+    before = {k: v.detach().clone() for k, v in made.student.named_parameters()}
+    lines = list(made.run(20 * 400 / 60 - 1, lr=3e-3))
+    assert told(lines[-1], "letters") < 0.9 * told(lines[0], "letters")
+    assert told(lines[-1], "words") < 0.8 * told(lines[0], "words")
+    assert 0 < told(lines[-1], "moved") < max(told(line, "moved") for line in lines)
+    moved = {k for k, v in made.student.named_parameters() if not torch.equal(v, before[k])}
+    assert moved and all(k.startswith(("vision", "projector")) for k in moved)
+    for name, stack in made.student.vision.items():
+        assert torch.equal(stack.b[0], before[f"vision.{name}.b"][0]), "before FIRST"
+
+
+def test_a_lesson_goes_on_where_it_was_stopped(lesson: Callable[[str], Lesson]) -> None:
+    whole, first = lesson("whole"), lesson("stopped")
+    list(whole.run(MINUTES))
+    stop_after(2, first.run(MINUTES))
+    second = lesson("stopped")
+    assert len(list(second.run(MINUTES))) == 3 and second.step == whole.step == 5
+    ended = dict(whole.student.named_parameters())
+    for name, value in second.student.named_parameters():
+        torch.testing.assert_close(value, ended[name], rtol=0, atol=1e-6)
 
 
 def test_the_encoder_stays_as_it_is(start: Callable[[str], CachedRun]) -> None:

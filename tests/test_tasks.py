@@ -422,14 +422,15 @@ def test_the_word_asked_for_is_the_one_written(monkeypatch: pytest.MonkeyPatch) 
     written: list[tuple[str, tuple[int, int, int, int]]] = []
     write = scenes._write
 
-    def noted(ground: Any, word: str, box: Any, *more: Any) -> None:
+    def noted(ground: Any, word: str, box: Any, *more: Any) -> scenes.Written:
         before = np.asarray(ground, int)
-        write(ground, word, box, *more)
+        made = write(ground, word, box, *more)
         rows, columns = np.nonzero(np.abs(np.asarray(ground, int) - before).sum(-1) > 60)
         assert len(rows) > 40, "nothing readable was written"
         assert columns.min() >= box[0] and columns.max() < box[2]
         assert rows.min() >= box[1] and rows.max() < box[3]
         written.append((word, box))
+        return made
 
     monkeypatch.setattr(scenes, "_write", noted)
     made = task("scenes-words")
@@ -446,6 +447,22 @@ def test_the_word_asked_for_is_the_one_written(monkeypatch: pytest.MonkeyPatch) 
                 assert [place_of(b) for w, b in written if f'"{w}"' in question.text] == [
                     question.answer
                 ]
+
+
+@pytest.mark.parametrize("angle", [-12, 0, 9])
+def test_letters_lie_where_they_are_drawn(angle: int) -> None:
+    """Of "mill" the first column holds most ink, columns follow each other, no ink is outside."""
+    ink, letters = (np.asarray(m, int) for m in scenes._word_masks("mill", 60, angle))
+    assert ink.shape == letters.shape and set(np.unique(letters)) == set(range(5))
+    held = [int((ink > 128)[letters == i].sum()) for i in range(5)]
+    assert held[1] > 2 * max(held[2:]) and min(held[2:]) > 100
+    assert held[0] < 0.02 * sum(held), "ink that is no letter's"
+    middles = [np.nonzero(letters == i)[1].mean() for i in range(1, 5)]
+    assert middles == sorted(middles)
+    scene = scenes.draw("words", random.Random(angle), (), many=True)
+    for one in scene.words:
+        assert np.asarray(one.letters).shape == (scenes.SIZE, scenes.SIZE)
+        assert np.asarray(one.letters).max() == len(one.word)
 
 
 def place_of(box: tuple[int, int, int, int]) -> str:

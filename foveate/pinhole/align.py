@@ -23,7 +23,7 @@ from foveate.tasks.scenes import COLOURS, PLACES, SHAPES, SIZE, Item, Scene
 SHARPNESS = 12.0
 
 
-def _embedded(words: Iterable[str], writer: Writer, table: Tensor) -> Tensor:
+def embedded(words: Iterable[str], writer: Writer, table: Tensor) -> Tensor:
     """(words, D): the mean embedding of each word's tokens, as it stands after a space."""
     return torch.stack([table[list(writer.ids(" " + w))].float().mean(0) for w in words])
 
@@ -42,7 +42,7 @@ class Vocabulary:
                 f"No word is in the captions of {least} and at most a third of {len(texts)} "
                 "images, so there is nothing to align with; use more photos (--limit)."
             )
-        self.embeddings = _embedded(self.words, writer, table)
+        self.embeddings = embedded(self.words, writer, table)
         place = {w: i for i, w in enumerate(self.words)}
         self.labels = torch.zeros(len(texts), len(self.words))
         for i, words in enumerate(found):
@@ -92,7 +92,7 @@ class Names:
         self._mean = table.float().mean(0)
         self._directions = []
         for words in self.KINDS:
-            made = _embedded(words, writer, table)
+            made = embedded(words, writer, table)
             self._directions.append(F.normalize(made - made.mean(0), dim=-1))
 
     @classmethod

@@ -1,5 +1,6 @@
-"""Training pinhole where there is no GPU: the encoder frozen and run once, few vision tokens a row.
+"""Training pinhole where there is no GPU: the encoder is run once, few vision tokens a row.
 
+0. ``read``, if asked for: the encoder's last blocks learn to read (``reading``). Then it is frozen.
 1. Every photo is encoded once; its features stay in a file that an interrupted run goes on with.
 2. ``align``: the projector alone learns to send patches near the word embeddings of what the
    captions say, and of what drawn shapes are and where, without the language model (thousands of
@@ -16,9 +17,9 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from foveate.pinhole.bank import normalise, rank_loss, resized
 from foveate.pinhole.features import Features, Lazy, cells, picked
 from foveate.pinhole.mix import ClipRows, EasyRows, PhotoRows, Row, Segment, Writer, scene_row
 from foveate.pinhole.packed import Rows, Student
+from foveate.pinhole.reading import Lesson, Reading
 from foveate.tasks import video
 from foveate.tasks.example import Example
 from foveate.tasks.photos import Photos
@@ -46,6 +48,14 @@ SCENES = 480  # to align with
 EASY = 0.25  # the share of easy-VQA among rows about stored images
 RANK_WEIGHT = 0.5
 NAME_WEIGHT = 0.5
+
+
+class Naming(Protocol):
+    """What patches of a drawn scene should be near: ``Names`` of shapes, ``Reading`` of words."""
+
+    def all(self, scenes: Iterable[Row | Scene]) -> Tensor: ...
+
+    def loss(self, student: Student, covered: Covered) -> Tensor: ...
 
 
 class Lessons:
@@ -77,14 +87,24 @@ class Lessons:
         return rows, torch.tensor([bool(r.ranked) for r in made])
 
     def drawn(
-        self, student: Student, rng: random.Random, draw: torch.Generator, size: int, count: int
+        self,
+        student: Student,
+        naming: Naming,
+        rng: random.Random,
+        draw: torch.Generator,
+        size: int,
+        count: int,
     ) -> tuple[Rows, Covered]:
-        """``size`` rows about scenes of shapes that were never shown before, ``count`` patches."""
-        made = [scene_row("shapes", rng, self.backgrounds) for _ in range(size)]
+        """``size`` rows about scenes that were never shown before, ``count`` patches of each.
+
+        Scenes of words for ``Reading``, else of shapes.
+        """
+        kind = "words" if isinstance(naming, Reading) else "shapes"
+        made = [scene_row(kind, rng, self.backgrounds) for _ in range(size)]
         pixels = np.stack([r.pixels for r in made if r.pixels is not None])
         with torch.no_grad():
             features = student.features(normalise(resized(torch.from_numpy(pixels)))).float()
-        words = Names.all(made)
+        words = naming.all(made)
         rows = self.rows(features, covered_first(words, count, draw), self._laid(made))
         return rows, Covered.by(words, features)
 
@@ -152,7 +172,7 @@ def right(
 
 
 class CachedRun:
-    """One run of the three steps; every step leaves a file, and ``run`` goes on where it stopped.
+    """One run of the steps; every step leaves a file, and ``run`` goes on where it stopped.
 
     Args:
         student: with deltas apart (``merged=False``).
@@ -160,7 +180,7 @@ class CachedRun:
         photos: the training photos, the first ``counts[0]`` of which are used.
         checks: ``(name, examples)`` of validation tasks, a few hundred in all.
         counts: photos and easy-VQA images to encode.
-        rows: in every step of tuning, about stored images, drawn scenes and clips.
+        rows: in every step of tuning, about stored images, drawn shapes, clips and drawn words.
     """
 
     def __init__(
@@ -171,23 +191,31 @@ class CachedRun:
         checks: dict[str, list[Example]],
         counts: tuple[int, int],
         *,
-        rows: tuple[int, int, int],
+        rows: tuple[int, int, int, int],
         seed: int = 0,
     ) -> None:
         self.student, self.out, self.seed = student, out, seed
-        self.stored, self.drawn, self.clips = rows
+        self.stored, self.shapes, self.clips, self.words = rows
         self.writer = Writer(out / "processor" / "tokenizer.json")
         some = photos.first(counts[0])
         self.easy = EasyRows()
-        grounds = [some.image(i) for i in range(0, len(some), 10)] if self.drawn else []
+        drawn = self.shapes or self.words
+        grounds = [some.image(i) for i in range(0, len(some), 10)] if drawn else []
         lessons = PhotoRows(some), self.easy, counts[1], self.writer, grounds
         self.lessons = Lessons(*lessons, _clips(some, counts) if self.clips else ())
         self._photos, self._checks, self._counts = some, checks, counts
-        self.names = Names(self.writer, student.get("model.language_model.embed_tokens.weight"))
+        table = student.get("model.language_model.embed_tokens.weight")
+        self.names, self.reading = Names(self.writer, table), Reading(self.writer, table)
         self.features = Features(out / "train.features", sum(counts))
         self.checked = Features(out / "check.features", sum(map(len, checks.values())))
-        self.scenes = Features(out / "scenes.features", SCENES if self.drawn else 0)
+        self.scenes = Features(out / "scenes.features", SCENES if self.shapes else 0)
         self.seconds, self.step = 0.0, 0
+
+    def read(self, minutes: float) -> Iterator[tuple[float, str]]:
+        """Step 0, unless it was done: yields seconds and a line a step."""
+        lesson = Lesson(self.student, self.out, self._photos, self.reading, seed=self.seed)
+        for line in lesson.run(minutes):
+            yield lesson.seconds, line
 
     def encode(self) -> Iterator[int]:
         """Step 1: yields images encoded."""
@@ -214,7 +242,7 @@ class CachedRun:
         texts += [self._said(n) for n in self.easy.numbers[: self._counts[1]]]
         table = self.student.get("model.language_model.embed_tokens.weight")
         words = Vocabulary(texts, self.writer, table)
-        scenes = (self.names, self._covered()) if self.drawn else None
+        scenes = (self.names, self._covered()) if self.shapes else None
         yield from align(
             self.student, self.features, words, steps=steps, scenes=scenes, seed=self.seed
         )
@@ -282,11 +310,17 @@ class CachedRun:
         optimizer.zero_grad()
         some = self.lessons.stored(self.features, rng, draw, self.stored, stride)
         losses = {"stored": self._learn(*some)}
-        if self.drawn:
-            count = SHOWN[stride]
-            rows, covered = self.lessons.drawn(self.student, rng, draw, self.drawn, count)
-            losses["drawn"] = self._learn(rows)
-            (NAME_WEIGHT * self.names.loss(self.student, covered)).backward()
+        taught: dict[str, tuple[Naming, int]] = {
+            "shapes": (self.names, self.shapes),
+            "words": (self.reading, self.words),
+        }
+        for kind, (naming, size) in taught.items():
+            if size:
+                rows, covered = self.lessons.drawn(
+                    self.student, naming, rng, draw, size, SHOWN[stride]
+                )
+                losses[kind] = self._learn(rows)
+                (NAME_WEIGHT * naming.loss(self.student, covered)).backward()
         if self.clips:
             few = min(2 * stride, 4)
             filmed = self.lessons.filmed(self.features, rng, draw, self.clips, few)
@@ -342,7 +376,7 @@ class CachedRun:
 
 def _stride(done: float) -> int:
     """Few patches while much is new, all of them at the end."""
-    return 4 if done < 0.2 else 2 if done < 0.8 else 1
+    return 2 if done < 0.4 else 1
 
 
 def _clips(some: Photos, counts: tuple[int, int]) -> list[ClipRows]:

@@ -70,6 +70,7 @@ class Row:
     ranked: tuple[int, ...] = ()
     frames: tuple[int, ...] = ()
     items: tuple[scenes.Item, ...] = ()
+    words: tuple[scenes.Written, ...] = ()
 
 
 class Writer:
@@ -270,7 +271,8 @@ def scene_row(kind: str, rng: random.Random, backgrounds: Sequence[Image.Image])
     weight = WORD_WEIGHT if kind == "words" else 1.0
     segments = [Segment(q.text, q.answer, weight) for q in scene.questions]
     pixels = np.asarray(scene.image).transpose(2, 0, 1)
-    return Row(kind, segments, pixels=np.ascontiguousarray(pixels), items=scene.items)
+    pixels = np.ascontiguousarray(pixels)
+    return Row(kind, segments, pixels=pixels, items=scene.items, words=scene.words)
 
 
 @dataclass

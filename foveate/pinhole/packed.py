@@ -129,19 +129,31 @@ class Student(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, D): the last block but one, without CLS."""
+        blocks = range(self.sizes.vision_layers)
+        return self.encoded(self.embedded(pixels), self.vision_weights(), blocks)[:, 1:]
+
+    def embedded(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N + 1, D): what the encoder's first block is given."""
         stem = "model.vision_tower.embeddings."
         patches = stem + "patch_embeddings.projection."
         weight, bias = self.get(patches + "weight"), self.get(patches + "bias")
         x = F.conv2d(pixels.to(self.dtype), weight, bias, stride=weight.shape[-1])
         x = x.flatten(2).transpose(1, 2)
         cls = self.get(stem + "cls_token").expand(x.shape[0], -1, -1)
-        x = torch.cat([cls, x], 1) + self.get("positions")
-        q, k, v, o, up, down = (s() for s in self.vision.values())
-        stacked = [w.to(self.dtype).unbind(0) for w in (torch.cat([q, k, v], 1), o, up, down)]
-        for index in range(self.sizes.vision_layers):
+        return torch.cat([cls, x], 1) + self.get("positions")
+
+    def vision_weights(self, *, plain: bool = False) -> list[Sequence[Tensor]]:
+        """Four weights of every block of the encoder, with the deltas unless ``plain``."""
+        stacks = [cast(Stack, s) for s in self.vision.values()]
+        q, k, v, o, up, down = (s.base if plain else s() for s in stacks)
+        return [w.to(self.dtype).unbind(0) for w in (torch.cat([q, k, v], 1), o, up, down)]
+
+    def encoded(self, x: Tensor, weights: list[Sequence[Tensor]], blocks: range) -> Tensor:
+        """(B, N + 1, D) through some of the encoder's blocks, ``weights`` of ``vision_weights``."""
+        for index in blocks:
             small = self._vision_small(index)
-            x = self.vision_block(x, *(w[index] for w in stacked), *small, self.sizes)
-        return x[:, 1:]
+            x = self.vision_block(x, *(w[index] for w in weights), *small, self.sizes)
+        return x
 
     def _vision_small(self, index: int) -> list[Tensor]:
         at = VISION.format(index)
@@ -151,9 +163,9 @@ class Student(nn.Module):
         names += ["layer_scale1.lambda1", "layer_scale2.lambda1"]
         return [qkv, *(self.get(at + n) for n in names)]
 
-    def project(self, features: Tensor) -> Tensor:
-        """(B, N, Dv) -> (B, N, D)."""
-        get = {k: v.to(self.dtype) for k, v in self.projector.items()}
+    def project(self, features: Tensor, projector: nn.ParameterDict | None = None) -> Tensor:
+        """(B, N, Dv) -> (B, N, D), by another projector if one is given."""
+        get = {k: v.to(self.dtype) for k, v in (projector or self.projector).items()}
         one, two = (_safe(PROJECTOR + f"linear_{i}.") for i in (1, 2))
         x = F.linear(features, get[one + "weight"], get[one + "bias"])
         return F.linear(F.gelu(x), get[two + "weight"], get[two + "bias"])
@@ -246,7 +258,8 @@ class Student(nn.Module):
         Raises:
             ValueError: for deltas of another rank.
         """
-        for pattern, stacks in ((LANGUAGE, self.language), (VISION, self.vision)):
+        groups = ((LANGUAGE, self.language, "--rank"), (VISION, self.vision, "--vision-rank"))
+        for pattern, stacks, option in groups:
             for name, stack in stacks.items():
                 assert isinstance(stack, Stack)
                 for i in range(stack.a.shape[0]):
@@ -257,7 +270,7 @@ class Student(nn.Module):
                     if rank != mine:
                         raise ValueError(
                             f"The deltas to begin with have rank {rank}, this run has {mine}; "
-                            f"give --rank {rank}."
+                            f"give {option} {rank}."
                         )
                     stack.a[i].copy_(trained[key + A])
                     stack.b[i].copy_(trained[key + B].float() / SCALE)
@@ -308,7 +321,7 @@ def language_block(
     return x + linear(F.silu(gate) * up, down)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention of (B, heads, T, d) to fewer heads of keys: (B, heads, T, d).
 
     The gradient of PyTorch's fused attention takes a quarter of a training step on a CPU, written
@@ -320,7 +333,8 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(heads // few, 1) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     scores = (q / math.sqrt(width)).reshape(rows, few, -1, width) @ k.transpose(-1, -2)
-    shares = (scores.view(rows, heads, length, length) + bias).softmax(-1)
+    scores = scores.view(rows, heads, length, length)
+    shares = (scores if bias is None else scores + bias).softmax(-1)
     return (shares.view(rows, few, -1, length) @ v).view(q.shape)
 
 
@@ -347,7 +361,7 @@ def vision_block(
     y = F.layer_norm(x, (width,), norm1, norm1_bias, sizes.vision_eps)
     y = F.linear(y, qkv, qkv_bias).view(rows, length, 3, sizes.vision_heads, HEAD)
     q, k, v = y.permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, length, width)
+    y = _attended(q, k, v).transpose(1, 2).reshape(rows, length, width)
     x = x + scale1 * F.linear(y, out, out_bias)
     y = F.layer_norm(x, (width,), norm2, norm2_bias, sizes.vision_eps)
     y = F.linear(F.gelu(F.linear(y, up, up_bias)), down, down_bias)

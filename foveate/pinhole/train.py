@@ -64,7 +64,8 @@ class Settings:
     max_steps: int | None = None
     begin: str = ""
     dtype: str = "float32"
-    rows: tuple[int, int, int] = (6, 7, 3)
+    rows: tuple[int, int, int, int] = (6, 7, 3, 0)
+    read: float = 0.0
 
 
 @dataclass
@@ -337,9 +338,11 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
     state, _, processor = assembly.base(_folder(out / "parts"))
     processor.save_pretrained(out / "processor")
     student = make_student(state, settings, getattr(torch, settings.dtype), merged=False)
+    names = ["flickr8k-yesno", "easyvqa", "scenes-where", "scenes-count"]
+    names += ["scenes-words"] if settings.rows[3] else []
     checks = {
         name: [one.example(i) for i in range(min(len(one), settings.check))]
-        for name in ("flickr8k-yesno", "easyvqa", "scenes-where", "scenes-count")
+        for name in names
         if settings.check
         for one in (task(name, data=data, limit=settings.check),)
     }
@@ -347,6 +350,11 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
     counts = (min(len(split), settings.limit or 3000), 400)
     run = CachedRun(student, out, split, checks, counts, rows=settings.rows, seed=settings.seed)
     with _bar() as bar:
+        job = bar.add_task("learning to read", total=settings.read * 60)
+        for at, (seconds, line) in enumerate(run.read(settings.read) if settings.read else ()):
+            bar.update(job, completed=seconds, description=line)
+            if at % 20 == 0:
+                print(line, flush=True)
         job = bar.add_task("encoding photos", total=sum(counts))
         for done in run.encode():
             bar.update(job, completed=done)
@@ -451,14 +459,14 @@ def _rate(done: float, warm_up: float, *, late: bool) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _rows(text: str) -> tuple[int, int, int]:
+def _rows(text: str) -> tuple[int, int, int, int]:
     parts = text.split(",")
-    if len(parts) != 3 or not all(p.strip().isdigit() for p in parts) or int(parts[0]) < 1:
+    if len(parts) != 4 or not all(p.strip().isdigit() for p in parts) or int(parts[0]) < 1:
         raise typer.BadParameter(
-            f"--rows {text} is not three whole numbers, the first at least 1; give --rows 6,7,3."
+            f"--rows {text} is not four whole numbers, the first at least 1; give --rows 6,7,3,0."
         )
-    stored, drawn, clips = map(int, parts)
-    return stored, drawn, clips
+    stored, shapes, clips, words = map(int, parts)
+    return stored, shapes, clips, words
 
 
 def _folder(path: Path) -> Path:
@@ -501,8 +509,11 @@ def main(
         str, typer.Option(help="on a CPU: float32, or bfloat16 where it has units for it")
     ] = "",
     rows: Annotated[
-        str, typer.Option(help="on a CPU: about stored images, drawn scenes, clips; 6,7,3")
+        str, typer.Option(help="on a CPU: about stored images, shapes, clips, words; 6,7,3,0")
     ] = "",
+    read: Annotated[
+        float, typer.Option(help="on a CPU: minutes for the encoder to learn to read first")
+    ] = 0.0,
     begin: Annotated[
         Path | None, typer.Option(help="weights to begin with, instead of aligning the projector")
     ] = None,
@@ -512,14 +523,15 @@ def main(
     ] = None,
     vision_lr: float = 3e-4,
     rank: Annotated[int, typer.Option(help="rank of the language model's deltas")] = 48,
+    vision_rank: Annotated[int, typer.Option(help="rank of the encoder's deltas")] = 32,
     seed: int = 0,
 ) -> None:
     """Train pinhole's projector and low-rank deltas."""
     if recipe and begin:
         raise typer.BadParameter("--recipe tunes the released weights; give it without --begin.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (dtype or rows) and (recipe or device != "cpu"):
-        raise typer.BadParameter("--dtype and --rows are for a run on a CPU without --recipe.")
+    if (dtype or rows or read) and (recipe or device != "cpu"):
+        raise typer.BadParameter("--dtype, --rows, --read are for a CPU run without --recipe.")
     if dtype not in ("", "float32", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype} is neither float32 nor bfloat16.")
     settings = Settings(
@@ -536,9 +548,11 @@ def main(
         lr=lr or (3e-4 if recipe else 1.2e-3 if device == "cpu" else 8e-4),
         vision_lr=vision_lr,
         rank=rank,
+        vision_rank=vision_rank,
         begin=str(begin or ""),
         dtype=dtype or Settings.dtype,
         rows=_rows(rows) if rows else Settings.rows,
+        read=read,
     )
     if recipe:
         train_recipe(settings, out, data, recipe, device)

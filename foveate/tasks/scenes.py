@@ -59,6 +59,14 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Written:
+    """One drawn word. ``letters`` has, in every pixel of the scene, 1 + the index of the letter."""
+
+    word: str
+    letters: Image.Image
+
+
+@dataclass(frozen=True)
 class Question:
     """A question with its short answer; ``kind`` groups results."""
 
@@ -69,11 +77,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, what can be asked about it, and the shapes in it."""
+    """An image, what can be asked about it, and the shapes and words in it."""
 
     image: Image.Image
     questions: tuple[Question, ...]
     items: tuple[Item, ...] = ()
+    words: tuple[Written, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -338,35 +347,38 @@ def _words_scene(rng: random.Random, backgrounds: Sequence[Image.Image], many: b
     number = rng.choice((1, 2, 3, 4)) if many else 1
     chosen = rng.sample(vocabulary(), number)
     if number == 1:
-        _write(ground, chosen[0], (0, 0, SIZE, SIZE), rng.randint(36, 90), rng)
+        written = _write(ground, chosen[0], (0, 0, SIZE, SIZE), rng.randint(36, 90), rng)
         forms: tuple[str, ...] = ("What word is written in the image?",)
         if many:
             forms += ("Read the word.", "What does the text say?", "Which word is in the image?")
-        return Scene(ground, (Question(rng.choice(forms), chosen[0], "word"),))
+        asked = Question(rng.choice(forms), chosen[0], "word")
+        return Scene(ground, (asked,), words=(written,))
     places = rng.sample(range(4), number)
     half = SIZE // 2
-    questions = []
+    questions, found = [], []
     for word, place in zip(chosen, places, strict=True):
         left, top = half * (place % 2), half * (place // 2)
-        _write(ground, word, (left, top, left + half, top + half), rng.randint(30, 60), rng)
+        box = (left, top, left + half, top + half)
+        found.append(_write(ground, word, box, rng.randint(30, 60), rng))
         forms = (f"What word is at the {PLACES[place]}?", f"Read the word at the {PLACES[place]}.")
         questions.append(Question(rng.choice(forms), word, "word-at"))
         if rng.random() < 0.3:
             text = f'Where is the word "{word}"?'
             questions.append(Question(text, PLACES[place], "quadrant"))
-    return Scene(ground, tuple(questions))
+    return Scene(ground, tuple(questions), words=tuple(found))
 
 
 def _write(
     ground: Image.Image, word: str, box: tuple[int, int, int, int], size: int, rng: random.Random
-) -> None:
+) -> Written:
     """One word inside ``box``, readable against what is behind it."""
     text = word.upper() if rng.random() < 0.25 else word
-    mask = _word_mask(text, size, rng.uniform(-12, 12))
+    mask, letters = _word_masks(text, size, rng.uniform(-12, 12))
     wide, high = box[2] - box[0] - 8, box[3] - box[1] - 8
     scale = min(1.0, wide / mask.width, high / mask.height)
     if scale < 1.0:
-        mask = mask.resize((int(mask.width * scale), int(mask.height * scale)))
+        small = int(mask.width * scale), int(mask.height * scale)
+        mask, letters = mask.resize(small), letters.resize(small, Image.Resampling.NEAREST)
     x = box[0] + 4 + rng.randint(0, max(0, wide - mask.width))
     y = box[1] + 4 + rng.randint(0, max(0, high - mask.height))
     area = (x, y, x + mask.width, y + mask.height)
@@ -376,14 +388,26 @@ def _write(
         edge = (255, 255, 255) if _light(fill) < 128 else (0, 0, 0)
         ground.paste(edge, area, mask.filter(ImageFilter.MaxFilter(5)))
     ground.paste(fill, area, mask)
+    known = Image.new("L", ground.size)
+    known.paste(letters, area)
+    return Written(word, known)
 
 
-def _word_mask(text: str, size: int, angle: float) -> Image.Image:
+def _word_masks(text: str, size: int, angle: float) -> tuple[Image.Image, Image.Image]:
+    """A word, turned, and as ``Written.letters`` has it: a column of its box for every letter."""
     font = _font(size)
     left, top, right, bottom = (int(v) for v in font.getbbox(text))
     mask = Image.new("L", (right - left + 8, bottom - top + 8))
+    letters = mask.copy()
     ImageDraw.Draw(mask).text((4 - left, 4 - top), text, fill=255, font=font)
-    return mask.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    columns = ImageDraw.Draw(letters)
+    for i in range(len(text)):
+        begin, end = (4 - left + font.getlength(text[:n]) for n in (i, i + 1))
+        columns.rectangle((begin, 4, end - 1, mask.height - 4), fill=i + 1)
+    return (
+        mask.rotate(angle, Image.Resampling.BICUBIC, expand=True),
+        letters.rotate(angle, Image.Resampling.NEAREST, expand=True),
+    )
 
 
 @cache
