@@ -34,13 +34,12 @@ LR = 1e-3
 
 
 class Reading:
-    """What a patch of a written word should be near: the word, and that it is one."""
+    """What a patch of a written word should be near: the word."""
 
     def __init__(self, writer: Writer, table: Tensor) -> None:
         self._mean = table.float().mean(0)
-        words, kinds = (embedded(w, writer, table) for w in (vocabulary(), ("word", "picture")))
+        words = embedded(vocabulary(), writer, table)
         self._words = F.normalize(words - words.mean(0), dim=-1)
-        self._kinds = F.normalize(kinds - kinds.mean(0), dim=-1)
         self._index = {word: i for i, word in enumerate(vocabulary())}
 
     def of(self, words: Iterable[Written]) -> Tensor:
@@ -63,11 +62,9 @@ class Reading:
         return F.normalize(patches.float() - self._mean, dim=-1) @ self._words.T * SHARPNESS
 
     def loss(self, student: Student, covered: Covered) -> Tensor:
-        """Cross-entropy over the words, and over being one, of these patches as projected."""
-        patches = student.project(covered.features.to(student.dtype)).float()
-        kinds = F.normalize(patches - self._mean, dim=-1) @ self._kinds.T * SHARPNESS
-        word = F.cross_entropy(self.scores(patches), covered.words[:, 0])
-        return word + F.cross_entropy(kinds, torch.zeros_like(covered.words[:, 0]))
+        """Cross-entropy over the words, of these patches as projected."""
+        patches = student.project(covered.features.to(student.dtype))
+        return F.cross_entropy(self.scores(patches), covered.words[:, 0])
 
 
 class Lesson:

@@ -344,7 +344,7 @@ def _relations(rng: random.Random, a: Item, b: Item, varied: bool) -> list[Quest
 
 def _words_scene(rng: random.Random, backgrounds: Sequence[Image.Image], many: bool) -> Scene:
     ground = background(rng, backgrounds)
-    number = rng.choice((1, 2, 3, 4)) if many else 1
+    number = rng.choice((1, 1, 2, 3)) if many else 1
     chosen = rng.sample(vocabulary(), number)
     if number == 1:
         written = _write(ground, chosen[0], (0, 0, SIZE, SIZE), rng.randint(36, 90), rng)
