@@ -265,10 +265,13 @@ class CachedRun:
             s.answer for s in self.easy.by_image[number] if s.answer not in ("yes", "no")
         )
 
-    def tune(self, minutes: float, check_every: float, lr: float) -> Iterator[str]:
+    def tune(
+        self, minutes: float, check_every: float, lr: float, *, new: bool = True
+    ) -> Iterator[str]:
         """Step 3, by the clock: a checkpoint every five minutes, checks as often as told (s).
 
-        ``lr`` is the peak of the deltas' rate; the projector's is a quarter of it.
+        ``lr`` is the peak of the deltas' rate; the projector's is a quarter of it. A ``new``
+        pinhole is shown few patches for longer than one that goes on from trained weights.
         """
         parts = list(self.student.projector.parameters())
         deltas = list(self.student.language.parameters())
@@ -285,7 +288,7 @@ class CachedRun:
             done = self.seconds / (minutes * 60)
             for group, peak in zip(optimizer.param_groups, (lr / 4, lr), strict=True):
                 group["lr"] = peak * min(1.0, done / 0.03) * (1 - done) ** 0.7
-            losses = self._update(optimizer, [*parts, *deltas], _stride(done))
+            losses = self._update(optimizer, [*parts, *deltas], _stride(done, new=new))
             self.step += 1
             self.seconds = time.monotonic() - begun
             paused = time.monotonic()
@@ -374,8 +377,10 @@ class CachedRun:
         self.seconds, self.step = state["seconds"], state["step"]
 
 
-def _stride(done: float) -> int:
+def _stride(done: float, *, new: bool) -> int:
     """Few patches while much is new, all of them at the end."""
+    if new:
+        return 4 if done < 0.2 else 2 if done < 0.8 else 1
     return 2 if done < 0.4 else 1
 
 

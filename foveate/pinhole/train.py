@@ -364,7 +364,8 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
             if step % 100 == 0:
                 print(f"align step {step} loss {loss:.3f}", flush=True)
         job = bar.add_task("tuning", total=settings.minutes * 60)
-        for line in run.tune(settings.minutes, settings.check_every, settings.lr):
+        new = not settings.begin
+        for line in run.tune(settings.minutes, settings.check_every, settings.lr, new=new):
             bar.update(job, completed=run.seconds, description=line)
             if run.step % 20 == 1:
                 print(line, flush=True)
