@@ -489,7 +489,8 @@ def lesson(
     """A lesson in reading four words, in the folder of that name."""
     monkeypatch.setattr(scenes, "vocabulary", lambda: ("box", "dog", "yes", "red"))
     monkeypatch.setattr(reading, "vocabulary", scenes.vocabulary)
-    for name, value in {"FIRST": 1, "SPELLED": 2, "WORDS": 4, "SHAPES": 1, "PHOTOS": 1}.items():
+    sizes = {"PAGES": 0, "WORDS": 4, "SHAPES": 1, "PHOTOS": 1}
+    for name, value in {"FIRST": 1, "SPELLED": 2, **sizes}.items():
         monkeypatch.setattr(reading, name, value)
     clock = Clock()
     update = Lesson._update

@@ -465,6 +465,14 @@ def test_letters_lie_where_they_are_drawn(angle: int) -> None:
         assert np.asarray(one.letters).max() == len(one.word)
 
 
+def test_a_page_has_six_words_apart() -> None:
+    for seed in range(6):
+        page = scenes.page(random.Random(seed), ())
+        covered = np.stack([np.asarray(one.letters) > 0 for one in page.words])
+        assert len({one.word for one in page.words}) == 6 and not page.questions
+        assert covered.any((1, 2)).all() and covered.sum(0).max() == 1
+
+
 def place_of(box: tuple[int, int, int, int]) -> str:
     return f"{'bottom' if box[1] else 'top'} {'right' if box[0] else 'left'}"
 

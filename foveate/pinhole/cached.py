@@ -45,7 +45,7 @@ TEXT = 208
 FRAMES = (3, 4, 6)
 SHOWN = {4: 40, 2: 96, 1: IMAGE_TOKENS}  # patches of a drawn scene, by the stride of the others
 SCENES = 480  # to align with
-EASY = 0.25  # the share of easy-VQA among rows about stored images
+EASY = 0.15  # the share of easy-VQA among rows about stored images
 RANK_WEIGHT = 0.5
 NAME_WEIGHT = 0.5
 

@@ -24,11 +24,11 @@ from foveate.pinhole.features import SIDE, stacked
 from foveate.pinhole.mix import Row, Writer
 from foveate.pinhole.packed import Student
 from foveate.tasks.photos import Photos
-from foveate.tasks.scenes import SIZE, Scene, Written, draw, vocabulary
+from foveate.tasks.scenes import SIZE, Scene, Written, draw, page, vocabulary
 
 FIRST, SPELLED = 4, 8  # the first block that learns, and the one after which letters are told
 LETTERS = 26
-WORDS, SHAPES, PHOTOS = 24, 4, 4  # images a step
+PAGES, WORDS, SHAPES, PHOTOS = 12, 12, 4, 4  # images a step
 KEEP = 3.0
 LR = 1e-3
 
@@ -134,7 +134,8 @@ class Lesson:
 
     def _images(self, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Normalised pixels of a step's images, and the labels of ``Reading.of``."""
-        scenes = [draw("words", rng, self._grounds, many=True) for _ in range(WORDS)]
+        scenes = [page(rng, self._grounds) for _ in range(PAGES)]
+        scenes += [draw("words", rng, self._grounds, many=True) for _ in range(WORDS)]
         scenes += [draw("count", rng, self._grounds, many=True) for _ in range(SHAPES)]
         shown = rng.sample(range(len(self._photos)), PHOTOS)
         photos = stacked(self._photos.image(i) for i in shown)

@@ -368,6 +368,18 @@ def _words_scene(rng: random.Random, backgrounds: Sequence[Image.Image], many: b
     return Scene(ground, tuple(questions), words=tuple(found))
 
 
+def page(rng: random.Random, backgrounds: Sequence[Image.Image]) -> Scene:
+    """Six words, three rows of two, and no questions: for an encoder that learns to read."""
+    ground = background(rng, backgrounds)
+    wide, high = SIZE // 2, SIZE // 3
+    corners = [(left, top) for top in range(0, SIZE, high) for left in range(0, SIZE, wide)]
+    words = [
+        _write(ground, word, (x, y, x + wide, y + high), rng.randint(36, 60), rng)
+        for word, (x, y) in zip(rng.sample(vocabulary(), len(corners)), corners, strict=True)
+    ]
+    return Scene(ground, (), words=tuple(words))
+
+
 def _write(
     ground: Image.Image, word: str, box: tuple[int, int, int, int], size: int, rng: random.Random
 ) -> Written:
