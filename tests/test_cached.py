@@ -504,7 +504,7 @@ def lesson(
 
     def begin(name: str) -> Lesson:
         run = start(name)
-        return Lesson(run.student, run.out, run._photos, run.reading)
+        return Lesson(run.student, run.out, run._photos, run.names, run.reading)
 
     return begin
 
@@ -524,6 +524,7 @@ def test_the_encoder_learns_to_read_what_it_sees_often(
     lines = list(made.run(20 * 400 / 60 - 1, lr=3e-3))
     assert told(lines[-1], "letters") < 0.9 * told(lines[0], "letters")
     assert told(lines[-1], "words") < 0.8 * told(lines[0], "words")
+    assert told(lines[-1], "shapes") < 0.9 * told(lines[0], "shapes")
     assert 0 < told(lines[-1], "moved") < max(told(line, "moved") for line in lines)
     moved = {k for k, v in made.student.named_parameters() if not torch.equal(v, before[k])}
     assert moved and all(k.startswith(("vision", "projector")) for k in moved)

@@ -1,6 +1,7 @@
 """Training pinhole where there is no GPU: the encoder is run once, few vision tokens a row.
 
-0. ``read``, if asked for: the encoder's last blocks learn to read (``reading``). Then it is frozen.
+0. ``see``, if asked for: the encoder's last blocks learn words and shapes (``reading``). Then it
+   is frozen.
 1. Every photo is encoded once; its features stay in a file that an interrupted run goes on with.
 2. ``align``: the projector alone learns to send patches near the word embeddings of what the
    captions say, and of what drawn shapes are and where, without the language model (thousands of
@@ -211,9 +212,10 @@ class CachedRun:
         self.scenes = Features(out / "scenes.features", SCENES if self.shapes else 0)
         self.seconds, self.step = 0.0, 0
 
-    def read(self, minutes: float) -> Iterator[tuple[float, str]]:
+    def see(self, minutes: float) -> Iterator[tuple[float, str]]:
         """Step 0, unless it was done: yields seconds and a line a step."""
-        lesson = Lesson(self.student, self.out, self._photos, self.reading, seed=self.seed)
+        named = self.names, self.reading
+        lesson = Lesson(self.student, self.out, self._photos, *named, seed=self.seed)
         for line in lesson.run(minutes):
             yield lesson.seconds, line
 

@@ -142,10 +142,9 @@ class Student(nn.Module):
         cls = self.get(stem + "cls_token").expand(x.shape[0], -1, -1)
         return torch.cat([cls, x], 1) + self.get("positions")
 
-    def vision_weights(self, *, plain: bool = False) -> list[Sequence[Tensor]]:
-        """Four weights of every block of the encoder, with the deltas unless ``plain``."""
-        stacks = [cast(Stack, s) for s in self.vision.values()]
-        q, k, v, o, up, down = (s.base if plain else s() for s in stacks)
+    def vision_weights(self) -> list[Sequence[Tensor]]:
+        """Four weights of every block of the encoder, deltas added."""
+        q, k, v, o, up, down = (s() for s in self.vision.values())
         return [w.to(self.dtype).unbind(0) for w in (torch.cat([q, k, v], 1), o, up, down)]
 
     def encoded(self, x: Tensor, weights: list[Sequence[Tensor]], blocks: range) -> Tensor:

@@ -1,8 +1,8 @@
-"""The encoder learns to read: its last blocks and the projector name written words.
+"""The encoder learns to read and to tell shapes apart: its last blocks and the projector name them.
 
 Of a drawn word every patch under it shall be near the word's embedding, and of one block's output a
-linear head shall tell the letter. What is no word keeps its features and its projection, those of
-the frozen encoder and of the projector as it was, so what the language model knows stays true.
+linear head shall tell the letter; of a shape every patch shall be near its names (``Names``). All
+else keeps the features and the projection that it has, so what the language model knows stays true.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.pinhole.align import SHARPNESS, Covered, embedded
+from foveate.pinhole.align import SHARPNESS, Covered, Names, embedded
 from foveate.pinhole.bank import normalise, resized
 from foveate.pinhole.features import SIDE, stacked
 from foveate.pinhole.mix import Row, Writer
@@ -28,7 +28,7 @@ from foveate.tasks.scenes import SIZE, Scene, Written, draw, page, vocabulary
 
 FIRST, SPELLED = 4, 8  # the first block that learns, and the one after which letters are told
 LETTERS = 26
-PAGES, WORDS, SHAPES, PHOTOS = 12, 12, 4, 4  # images a step
+PAGES, WORDS, SHAPES, PHOTOS = 7, 6, 15, 4  # images a step
 KEEP = 3.0
 LR = 1e-3
 
@@ -71,16 +71,26 @@ class Lesson:
     """One run of it; leaves a checkpoint in ``out`` and goes on from there.
 
     Args:
-        student: learns; its projector as given is what it is held to.
+        student: learns; what it makes of a picture as given is what it is held to.
         photos: pictures to hold still, and to stand behind the words.
     """
 
     def __init__(
-        self, student: Student, out: Path, photos: Photos, reading: Reading, *, seed: int = 0
+        self,
+        student: Student,
+        out: Path,
+        photos: Photos,
+        names: Names,
+        reading: Reading,
+        *,
+        seed: int = 0,
     ) -> None:
-        self.student, self.seed, self._photos, self.reading = student, seed, photos, reading
-        self._file = out / "read.pt"
+        self.student, self.seed, self._photos = student, seed, photos
+        self.names, self.reading = names, reading
+        self._file = out / "encoder.pt"
         self._before = copy.deepcopy(student.projector).requires_grad_(False)
+        with torch.no_grad():
+            self._given = student.vision_weights()
         self._spell = nn.Linear(student.get("positions").shape[-1], LETTERS)
         for parameter in self._spell.parameters():
             nn.init.zeros_(parameter)
@@ -109,47 +119,46 @@ class Lesson:
             if self.seconds - saved > 120:
                 saved = self.seconds
                 self._save()
-            yield f"read step {self.step} {self.seconds / self.step:.1f} s/step {said}"
+            yield f"encoder step {self.step} {self.seconds / self.step:.1f} s/step {said}"
         self._save()
 
     def _update(self) -> str:
-        rng = random.Random(f"{self.seed} read {self.step}")
-        pixels, labels = self._images(rng)
+        rng = random.Random(f"{self.seed} encoder {self.step}")
+        pixels, words, shapes = self._images(rng)
         middle, new, old = self._seen(pixels)
-        written, free = labels[..., 0] >= 0, labels[..., 0] < 0
-        told, letters = labels[written].unbind(-1)
+        written, drawn = words[..., 0] >= 0, shapes[..., 0] >= 0
+        told, letters = words[written].unbind(-1)
         spelt = F.cross_entropy(self._spell(middle[written].float()), letters)
         read = self.reading.loss(self.student, Covered(new[written], told[:, None]))
+        named = self.names.loss(self.student, Covered(new[drawn], shapes[drawn]))
+        free = ~(written | drawn)
         kept = _moved(new[free], old[free]) + _moved(
             self.student.project(new[free]), self.student.project(old[free], self._before)
         )
         self._optimizer.zero_grad()
-        (spelt + read + KEEP * kept).backward()
+        (spelt + read + named + KEEP * kept).backward()
         torch.nn.utils.clip_grad_norm_(self._learning, 1.0)
         self._optimizer.step()
-        with torch.no_grad():
-            near = self.reading.scores(self.student.project(new[written])).argmax(-1)
-            right = (near == told).float().mean()
-        return f"letters {spelt:.3f} words {read:.3f} moved {kept:.4f} right {right:.3f}"
+        return f"letters {spelt:.3f} words {read:.3f} shapes {named:.3f} moved {kept:.4f}"
 
-    def _images(self, rng: random.Random) -> tuple[Tensor, Tensor]:
-        """Normalised pixels of a step's images, and the labels of ``Reading.of``."""
+    def _images(self, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised pixels of a step's images, and the labels of ``Reading`` and ``Names``."""
         scenes = [page(rng, self._grounds) for _ in range(PAGES)]
         scenes += [draw("words", rng, self._grounds, many=True) for _ in range(WORDS)]
         scenes += [draw("count", rng, self._grounds, many=True) for _ in range(SHAPES)]
         shown = rng.sample(range(len(self._photos)), PHOTOS)
-        photos = stacked(self._photos.image(i) for i in shown)
+        photos = [Scene(self._photos.image(i), ()) for i in shown]
         drawn = torch.from_numpy(np.stack([np.asarray(s.image).transpose(2, 0, 1) for s in scenes]))
-        labels = [*self.reading.all(scenes), *[self.reading.of(())] * PHOTOS]
-        return normalise(torch.cat([resized(drawn), photos])), torch.stack(labels)
+        pixels = normalise(torch.cat([resized(drawn), stacked(p.image for p in photos)]))
+        every = [*scenes, *photos]
+        return pixels, self.reading.all(every), self.names.all(every)
 
     def _seen(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches after block ``SPELLED`` and as features, and the frozen encoder's features."""
+        """Patches after block ``SPELLED`` and as features, and the features as given."""
         student, end = self.student, self.student.sizes.vision_layers
         with torch.no_grad():
-            plain = student.vision_weights(plain=True)
-            x = student.encoded(student.embedded(pixels), plain, range(FIRST))
-            old = student.encoded(x, plain, range(FIRST, end))
+            x = student.encoded(student.embedded(pixels), self._given, range(FIRST))
+            old = student.encoded(x, self._given, range(FIRST, end))
         weights = student.vision_weights()
         middle = student.encoded(x, weights, range(FIRST, SPELLED))
         new = student.encoded(middle, weights, range(SPELLED, end))

@@ -65,7 +65,7 @@ class Settings:
     begin: str = ""
     dtype: str = "float32"
     rows: tuple[int, int, int, int] = (6, 7, 3, 0)
-    read: float = 0.0
+    see: float = 0.0
 
 
 @dataclass
@@ -350,8 +350,8 @@ def train_cached(settings: Settings, out: Path, data: Path | None) -> None:
     counts = (min(len(split), settings.limit or 3000), 400)
     run = CachedRun(student, out, split, checks, counts, rows=settings.rows, seed=settings.seed)
     with _bar() as bar:
-        job = bar.add_task("learning to read", total=settings.read * 60)
-        for at, (seconds, line) in enumerate(run.read(settings.read) if settings.read else ()):
+        job = bar.add_task("teaching the encoder", total=settings.see * 60)
+        for at, (seconds, line) in enumerate(run.see(settings.see) if settings.see else ()):
             bar.update(job, completed=seconds, description=line)
             if at % 20 == 0:
                 print(line, flush=True)
@@ -512,8 +512,8 @@ def main(
     rows: Annotated[
         str, typer.Option(help="on a CPU: about stored images, shapes, clips, words; 6,7,3,0")
     ] = "",
-    read: Annotated[
-        float, typer.Option(help="on a CPU: minutes for the encoder to learn to read first")
+    see: Annotated[
+        float, typer.Option(help="on a CPU: minutes to teach the encoder words and shapes first")
     ] = 0.0,
     begin: Annotated[
         Path | None, typer.Option(help="weights to begin with, instead of aligning the projector")
@@ -531,8 +531,8 @@ def main(
     if recipe and begin:
         raise typer.BadParameter("--recipe tunes the released weights; give it without --begin.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (dtype or rows or read) and (recipe or device != "cpu"):
-        raise typer.BadParameter("--dtype, --rows, --read are for a CPU run without --recipe.")
+    if (dtype or rows or see) and (recipe or device != "cpu"):
+        raise typer.BadParameter("--dtype, --rows, --see are for a CPU run without --recipe.")
     if dtype not in ("", "float32", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype} is neither float32 nor bfloat16.")
     settings = Settings(
@@ -553,7 +553,7 @@ def main(
         begin=str(begin or ""),
         dtype=dtype or Settings.dtype,
         rows=_rows(rows) if rows else Settings.rows,
-        read=read,
+        see=see,
     )
     if recipe:
         train_recipe(settings, out, data, recipe, device)
