@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate.pinhole import cached, mix, reading
+from foveate.pinhole import cached, mix, seeing
 from foveate.pinhole.align import Covered, Names, Vocabulary, align
 from foveate.pinhole.assembly import IMAGE_TOKENS
 from foveate.pinhole.bank import RANK_SHARPNESS, normalise, rank_loss, resized
@@ -24,7 +24,7 @@ from foveate.pinhole.cached import CachedRun
 from foveate.pinhole.features import SIDE, Features, cells, stacked
 from foveate.pinhole.mix import RANKED
 from foveate.pinhole.packed import Student
-from foveate.pinhole.reading import Lesson, Reading
+from foveate.pinhole.seeing import Reading, Seeing
 from foveate.tasks import scenes, video
 from foveate.tasks.flickr8k import Labels
 from foveate.tasks.photos import photos
@@ -485,26 +485,26 @@ def test_patches_are_named_by_the_word_over_them() -> None:
 @pytest.fixture
 def lesson(
     start: Callable[[str], CachedRun], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Lesson]:
+) -> Callable[[str], Seeing]:
     """A lesson in reading four words, in the folder of that name."""
     monkeypatch.setattr(scenes, "vocabulary", lambda: ("box", "dog", "yes", "red"))
-    monkeypatch.setattr(reading, "vocabulary", scenes.vocabulary)
+    monkeypatch.setattr(seeing, "vocabulary", scenes.vocabulary)
     sizes = {"PAGES": 0, "WORDS": 4, "SHAPES": 1, "PHOTOS": 1}
     for name, value in {"FIRST": 1, "SPELLED": 2, **sizes}.items():
-        monkeypatch.setattr(reading, name, value)
+        monkeypatch.setattr(seeing, name, value)
     clock = Clock()
-    update = Lesson._update
+    update = Seeing._update
 
-    def timed(self: Lesson) -> str:
+    def timed(self: Seeing) -> str:
         clock.now += 400
         return update(self)
 
-    monkeypatch.setattr(reading, "time", clock)
-    monkeypatch.setattr(Lesson, "_update", timed)
+    monkeypatch.setattr(seeing, "time", clock)
+    monkeypatch.setattr(Seeing, "_update", timed)
 
-    def begin(name: str) -> Lesson:
+    def begin(name: str) -> Seeing:
         run = start(name)
-        return Lesson(run.student, run.out, run._photos, run.names, run.reading)
+        return Seeing(run.student, run.out, run._photos, run.names, run.reading)
 
     return begin
 
@@ -515,10 +515,10 @@ def told(line: str, name: str) -> float:
 
 
 def test_the_encoder_learns_to_read_what_it_sees_often(
-    lesson: Callable[[str], Lesson], monkeypatch: pytest.MonkeyPatch
+    lesson: Callable[[str], Seeing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = Lesson._images
-    monkeypatch.setattr(Lesson, "_images", lambda self, rng: images(self, random.Random(0)))
+    images = Seeing._images
+    monkeypatch.setattr(Seeing, "_images", lambda self, rng: images(self, random.Random(0)))
     made = lesson("reads")
     before = {k: v.detach().clone() for k, v in made.student.named_parameters()}
     lines = list(made.run(20 * 400 / 60 - 1, lr=3e-3))
@@ -532,7 +532,7 @@ def test_the_encoder_learns_to_read_what_it_sees_often(
         assert torch.equal(stack.b[0], before[f"vision.{name}.b"][0]), "before FIRST"
 
 
-def test_a_lesson_goes_on_where_it_was_stopped(lesson: Callable[[str], Lesson]) -> None:
+def test_a_lesson_goes_on_where_it_was_stopped(lesson: Callable[[str], Seeing]) -> None:
     whole, first = lesson("whole"), lesson("stopped")
     list(whole.run(MINUTES))
     stop_after(2, first.run(MINUTES))

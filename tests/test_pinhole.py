@@ -94,6 +94,7 @@ def test_a_run_may_begin_with_released_weights() -> None:
         ({"recipe": "prumerge", "begin": Path("weights.safetensors")}, "without --begin"),
         ({"recipe": "prumerge", "dtype": "bfloat16"}, "without --recipe"),
         ({"device": "cuda", "rows": "3,8,0,0"}, "for a CPU run"),
+        ({"device": "cpu", "see": 3.0}, "give --begin"),
         ({"device": "cpu", "dtype": "float16"}, "neither float32 nor bfloat16"),
         ({"device": "cpu", "rows": "3,8"}, "give --rows 6,7,3,0"),
         ({"device": "cpu", "rows": "0,8,1"}, "at least 1"),

@@ -85,6 +85,7 @@ class Names:
     shape is its center, so that shapes can be counted, and not only the area that they cover.
     """
 
+    scene = "shapes"
     PARTS = ("center", "edge")
     KINDS = (tuple(COLOURS), SHAPES, ("top", "bottom"), ("left", "right"), PARTS)
 

@@ -1,6 +1,6 @@
 """Training pinhole where there is no GPU: the encoder is run once, few vision tokens a row.
 
-0. ``see``, if asked for: the encoder's last blocks learn words and shapes (``reading``). Then it
+0. ``see``, if asked for: the encoder's last blocks learn words and shapes (``seeing``). Then it
    is frozen.
 1. Every photo is encoded once; its features stay in a file that an interrupted run goes on with.
 2. ``align``: the projector alone learns to send patches near the word embeddings of what the
@@ -34,7 +34,7 @@ from foveate.pinhole.bank import normalise, rank_loss, resized
 from foveate.pinhole.features import Features, Lazy, cells, picked
 from foveate.pinhole.mix import ClipRows, EasyRows, PhotoRows, Row, Segment, Writer, scene_row
 from foveate.pinhole.packed import Rows, Student
-from foveate.pinhole.reading import Lesson, Reading
+from foveate.pinhole.seeing import Reading, Seeing
 from foveate.tasks import video
 from foveate.tasks.example import Example
 from foveate.tasks.photos import Photos
@@ -52,7 +52,9 @@ NAME_WEIGHT = 0.5
 
 
 class Naming(Protocol):
-    """What patches of a drawn scene should be near: ``Names`` of shapes, ``Reading`` of words."""
+    """What patches of a drawn ``scene`` should be near: ``Names`` of shapes or ``Reading``."""
+
+    scene: str
 
     def all(self, scenes: Iterable[Row | Scene]) -> Tensor: ...
 
@@ -96,12 +98,8 @@ class Lessons:
         size: int,
         count: int,
     ) -> tuple[Rows, Covered]:
-        """``size`` rows about scenes that were never shown before, ``count`` patches of each.
-
-        Scenes of words for ``Reading``, else of shapes.
-        """
-        kind = "words" if isinstance(naming, Reading) else "shapes"
-        made = [scene_row(kind, rng, self.backgrounds) for _ in range(size)]
+        """``size`` rows about scenes that were never shown before, ``count`` patches of each."""
+        made = [scene_row(naming.scene, rng, self.backgrounds) for _ in range(size)]
         pixels = np.stack([r.pixels for r in made if r.pixels is not None])
         with torch.no_grad():
             features = student.features(normalise(resized(torch.from_numpy(pixels)))).float()
@@ -215,9 +213,9 @@ class CachedRun:
     def see(self, minutes: float) -> Iterator[tuple[float, str]]:
         """Step 0, unless it was done: yields seconds and a line a step."""
         named = self.names, self.reading
-        lesson = Lesson(self.student, self.out, self._photos, *named, seed=self.seed)
-        for line in lesson.run(minutes):
-            yield lesson.seconds, line
+        seeing = Seeing(self.student, self.out, self._photos, *named, seed=self.seed)
+        for line in seeing.run(minutes):
+            yield seeing.seconds, line
 
     def encode(self) -> Iterator[int]:
         """Step 1: yields images encoded."""
@@ -315,16 +313,12 @@ class CachedRun:
         optimizer.zero_grad()
         some = self.lessons.stored(self.features, rng, draw, self.stored, stride)
         losses = {"stored": self._learn(*some)}
-        taught: dict[str, tuple[Naming, int]] = {
-            "shapes": (self.names, self.shapes),
-            "words": (self.reading, self.words),
-        }
-        for kind, (naming, size) in taught.items():
+        taught: list[tuple[Naming, int]] = [(self.names, self.shapes), (self.reading, self.words)]
+        for naming, size in taught:
             if size:
-                rows, covered = self.lessons.drawn(
-                    self.student, naming, rng, draw, size, SHOWN[stride]
-                )
-                losses[kind] = self._learn(rows)
+                shown = rng, draw, size, SHOWN[stride]
+                rows, covered = self.lessons.drawn(self.student, naming, *shown)
+                losses[naming.scene] = self._learn(rows)
                 (NAME_WEIGHT * naming.loss(self.student, covered)).backward()
         if self.clips:
             few = min(2 * stride, 4)

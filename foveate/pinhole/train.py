@@ -533,6 +533,8 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if (dtype or rows or see) and (recipe or device != "cpu"):
         raise typer.BadParameter("--dtype, --rows, --see are for a CPU run without --recipe.")
+    if see and not begin:
+        raise typer.BadParameter("--see teaches beside what is known; give --begin WEIGHTS.")
     if dtype not in ("", "float32", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype} is neither float32 nor bfloat16.")
     settings = Settings(

@@ -1,4 +1,4 @@
-"""The encoder learns to read and to tell shapes apart: its last blocks and the projector name them.
+"""The encoder learns to tell drawn words and shapes: its last blocks and the projector name them.
 
 Of a drawn word every patch under it shall be near the word's embedding, and of one block's output a
 linear head shall tell the letter; of a shape every patch shall be near its names (``Names``). All
@@ -34,7 +34,9 @@ LR = 1e-3
 
 
 class Reading:
-    """What a patch of a written word should be near: the word."""
+    """What a patch of a drawn word should be near: the word."""
+
+    scene = "words"
 
     def __init__(self, writer: Writer, table: Tensor) -> None:
         self._mean = table.float().mean(0)
@@ -67,7 +69,7 @@ class Reading:
         return F.cross_entropy(self.scores(patches), covered.words[:, 0])
 
 
-class Lesson:
+class Seeing:
     """One run of it; leaves a checkpoint in ``out`` and goes on from there.
 
     Args:
