@@ -504,7 +504,8 @@ def lesson(
 
     def begin(name: str) -> Seeing:
         run = start(name)
-        return Seeing(run.student, run.out, run._photos, run.names, run.reading)
+        grounds = run.lessons.backgrounds
+        return Seeing(run.student, run.out, run._photos, grounds, run.names, run.reading)
 
     return begin
 

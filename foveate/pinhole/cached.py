@@ -34,6 +34,7 @@ from foveate.pinhole.bank import normalise, rank_loss, resized
 from foveate.pinhole.features import Features, Lazy, cells, picked
 from foveate.pinhole.mix import ClipRows, EasyRows, PhotoRows, Row, Segment, Writer, scene_row
 from foveate.pinhole.packed import Rows, Student
+from foveate.pinhole.runs import save, share
 from foveate.pinhole.seeing import Reading, Seeing
 from foveate.tasks import video
 from foveate.tasks.example import Example
@@ -199,7 +200,7 @@ class CachedRun:
         some = photos.first(counts[0])
         self.easy = EasyRows()
         drawn = self.shapes or self.words
-        grounds = [some.image(i) for i in range(0, len(some), 10)] if drawn else []
+        grounds = _grounds(some) if drawn else []
         lessons = PhotoRows(some), self.easy, counts[1], self.writer, grounds
         self.lessons = Lessons(*lessons, _clips(some, counts) if self.clips else ())
         self._photos, self._checks, self._counts = some, checks, counts
@@ -212,8 +213,9 @@ class CachedRun:
 
     def see(self, minutes: float) -> Iterator[tuple[float, str]]:
         """Step 0, unless it was done: yields seconds and a line a step."""
+        grounds = self.lessons.backgrounds or _grounds(self._photos)
         named = self.names, self.reading
-        seeing = Seeing(self.student, self.out, self._photos, *named, seed=self.seed)
+        seeing = Seeing(self.student, self.out, self._photos, grounds, *named, seed=self.seed)
         for line in seeing.run(minutes):
             yield seeing.seconds, line
 
@@ -287,7 +289,7 @@ class CachedRun:
         while self.seconds < minutes * 60:
             done = self.seconds / (minutes * 60)
             for group, peak in zip(optimizer.param_groups, (lr / 4, lr), strict=True):
-                group["lr"] = peak * min(1.0, done / 0.03) * (1 - done) ** 0.7
+                group["lr"] = peak * share(done)
             losses = self._update(optimizer, [*parts, *deltas], _stride(done, new=new))
             self.step += 1
             self.seconds = time.monotonic() - begun
@@ -360,8 +362,7 @@ class CachedRun:
             "seconds": self.seconds,
             "step": self.step,
         }
-        torch.save(state, self.out / "tuned.part")
-        (self.out / "tuned.part").replace(self.out / "tuned.pt")
+        save(state, self.out / "tuned.pt")
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         file = self.out / "tuned.pt"
@@ -378,6 +379,11 @@ def _stride(done: float, *, new: bool) -> int:
     if new:
         return 4 if done < 0.2 else 2 if done < 0.8 else 1
     return 2 if done < 0.4 else 1
+
+
+def _grounds(photos: Photos) -> list[Image.Image]:
+    """Every tenth photo, to draw on."""
+    return [photos.image(i) for i in range(0, len(photos), 10)]
 
 
 def _clips(some: Photos, counts: tuple[int, int]) -> list[ClipRows]:

@@ -30,6 +30,7 @@ from foveate.evaluate import Case, evaluate
 from foveate.journal import Journal
 from foveate.loading import missing
 from foveate.pinhole.mix import END, TURN, EasyRows, PhotoRows, Segment, Writer
+from foveate.pinhole.runs import save
 from foveate.recipe import Recipe
 from foveate.statistics import difference, interval, mcnemar
 from foveate.tasks import Task
@@ -193,8 +194,7 @@ class Tuning:
             "seconds": self.seconds,
             "step": self.step,
         }
-        torch.save(state, self._out / "tuning.part")
-        (self._out / "tuning.part").replace(self._out / "tuning.pt")
+        save(state, self._out / "tuning.pt")
 
     def _resume(self) -> None:
         file = self._out / "tuning.pt"

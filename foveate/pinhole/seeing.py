@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from foveate.pinhole.align import SHARPNESS, Covered, Names, embedded
@@ -23,6 +24,7 @@ from foveate.pinhole.bank import normalise, resized
 from foveate.pinhole.features import SIDE, stacked
 from foveate.pinhole.mix import Row, Writer
 from foveate.pinhole.packed import Student
+from foveate.pinhole.runs import save, share
 from foveate.tasks.photos import Photos
 from foveate.tasks.scenes import SIZE, Scene, Written, draw, page, vocabulary
 
@@ -74,7 +76,8 @@ class Seeing:
 
     Args:
         student: learns; what it makes of a picture as given is what it is held to.
-        photos: pictures to hold still, and to stand behind the words.
+        photos: pictures to hold still.
+        backgrounds: what stands behind the words and shapes.
     """
 
     def __init__(
@@ -82,13 +85,14 @@ class Seeing:
         student: Student,
         out: Path,
         photos: Photos,
+        backgrounds: Sequence[Image.Image],
         names: Names,
         reading: Reading,
         *,
         seed: int = 0,
     ) -> None:
         self.student, self.seed, self._photos = student, seed, photos
-        self.names, self.reading = names, reading
+        self._grounds, self.names, self.reading = backgrounds, names, reading
         self._file = out / "encoder.pt"
         self._before = copy.deepcopy(student.projector).requires_grad_(False)
         with torch.no_grad():
@@ -96,7 +100,6 @@ class Seeing:
         self._spell = nn.Linear(student.get("positions").shape[-1], LETTERS)
         for parameter in self._spell.parameters():
             nn.init.zeros_(parameter)
-        self._grounds = [photos.image(i) for i in range(0, len(photos), 10)]
         self._learning = [
             *student.vision.parameters(),
             *student.projector.parameters(),
@@ -114,7 +117,7 @@ class Seeing:
         saved = self.seconds
         while self.seconds < minutes * 60:
             done = self.seconds / (minutes * 60)
-            self._optimizer.param_groups[0]["lr"] = lr * min(1.0, done / 0.03) * (1 - done) ** 0.7
+            self._optimizer.param_groups[0]["lr"] = lr * share(done)
             said = self._update()
             self.step += 1
             self.seconds = time.monotonic() - begun
@@ -175,8 +178,7 @@ class Seeing:
             "seconds": self.seconds,
             "step": self.step,
         }
-        torch.save(state, self._file.with_suffix(".part"))
-        self._file.with_suffix(".part").replace(self._file)
+        save(state, self._file)
 
     def _resume(self) -> None:
         if not self._file.is_file():

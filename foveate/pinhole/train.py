@@ -27,6 +27,7 @@ from foveate.pinhole import assembly, weights
 from foveate.pinhole.bank import Bank, Check, rank_loss, stored
 from foveate.pinhole.mix import EasyRows, Mix, PhotoRows, Writer
 from foveate.pinhole.packed import Sizes, Student
+from foveate.pinhole.runs import save
 from foveate.recipe import parse
 from foveate.tasks import task
 from foveate.tasks.photos import Photos, photos
@@ -224,9 +225,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
         }
-        temporary = self.out / "checkpoint.part"
-        torch.save(bundle, temporary)
-        temporary.replace(self.out / "checkpoint.pt")
+        save(bundle, self.out / "checkpoint.pt")
         write_weights(self.student.export(), self.out / "weights.safetensors", self._about())
 
     def _about(self) -> dict[str, str]:
