@@ -378,8 +378,8 @@ def test_where_and_count_agree_with_what_was_drawn(plain: list[list[scenes.Item]
 
 def test_training_questions_agree_with_what_was_drawn(plain: list[list[scenes.Item]]) -> None:
     answers: Counter[str] = Counter()
-    for seed in range(150):
-        kind = "where" if seed % 3 == 0 else "count"
+    kinds = ["where" if seed % 3 == 0 else "count" for seed in range(150)]
+    for seed, kind in enumerate(kinds):
         scene = scenes.draw(kind, random.Random(seed), (), many=True)
         for question in scene.questions:
             expected = right(question.text, plain[-1])
@@ -388,6 +388,7 @@ def test_training_questions_agree_with_what_was_drawn(plain: list[list[scenes.It
     assert answers.total() > 600
     counts = [answers[str(n)] for n in range(scenes.MAX_COUNT + 1)]
     assert min(counts) > 0.08 * sum(counts) and max(counts) < 0.3 * sum(counts)
+    assert sum(counts[2:]) > 3 * kinds.count("count"), "an image is dear: it is asked about often"
 
 
 def right(question: str, items: list[scenes.Item]) -> str:

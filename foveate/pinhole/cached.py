@@ -378,7 +378,7 @@ def _stride(done: float, *, new: bool) -> int:
     """Few patches while much is new, all of them at the end."""
     if new:
         return 4 if done < 0.2 else 2 if done < 0.8 else 1
-    return 2 if done < 0.4 else 1
+    return 2 if done < 0.15 else 1
 
 
 def _grounds(photos: Photos) -> list[Image.Image]:

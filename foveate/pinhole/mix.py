@@ -266,7 +266,7 @@ class ClipRows:
 
 def scene_row(kind: str, rng: random.Random, backgrounds: Sequence[Image.Image]) -> Row:
     """A drawn image with every question about it."""
-    drawn = kind if kind == "words" else rng.choice(("where", "count", "count"))
+    drawn = kind if kind == "words" else rng.choice(("where", "count", "count", "count"))
     scene = scenes.draw(drawn, rng, backgrounds, many=True)
     weight = WORD_WEIGHT if kind == "words" else 1.0
     segments = [Segment(q.text, q.answer, weight) for q in scene.questions]

@@ -32,7 +32,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("where", "count", "words")
 MAX_COUNT = 5
-ASKED = {"0": 0.25, "1": 0.08, "2": 0.25}  # shares of these answers that training asks for
+ASKED = {"0": 0.25, "1": 0.08, "2": 0.35}  # shares of these answers that training asks for
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -150,7 +150,13 @@ def _shapes_scene(
     count = rng.randint(0, MAX_COUNT) if kind == "count" else 1
     level = rng.choice(("both", "shape", "colour")) if kind == "count" else "both"
     names = [_like(rng, target, level) for _ in range(count)]
-    names += [_unlike(rng, target, level) for _ in range(rng.randint(1, 4))]
+    counted = [(target, level)] if kind == "count" else []
+    if many and counted and rng.random() < 0.5:
+        other = _unlike(rng, target, level)
+        names += [_like(rng, other, level) for _ in range(rng.randint(1, MAX_COUNT))]
+        counted.append((other, level))
+    else:
+        names += [_unlike(rng, target, level) for _ in range(rng.randint(1, 4))]
     if kind == "where":
         names = _unique(names)
     rng.shuffle(names)
@@ -159,7 +165,6 @@ def _shapes_scene(
     for item in items:
         _paint(canvas, item, rng)
     if many:
-        counted = (target, level) if kind == "count" else None
         return Scene(ground, _all_questions(rng, items, counted), tuple(items))
     if kind == "count":
         return Scene(ground, (_count_question(rng, items, target, level, False),))
@@ -239,19 +244,19 @@ def _corners(item: Item, turn: float) -> list[Point]:
 
 
 def _all_questions(
-    rng: random.Random, items: list[Item], counted: tuple[tuple[str, str], str] | None
+    rng: random.Random, items: list[Item], counted: Sequence[tuple[tuple[str, str], str]]
 ) -> tuple[Question, ...]:
-    """Up to thirteen questions about one scene of shapes, plainer ones among them.
+    """Up to seventeen questions about one scene of shapes, plainer ones among them.
 
-    ``counted``: the name and level whose number was drawn evenly from 0 to ``MAX_COUNT``, always
-    asked for. Of other shapes there are mostly none to two, which are asked for less often
-    (``ASKED``), lest every number is learned to be one of these.
+    ``counted``: names and levels whose number was drawn evenly up to ``MAX_COUNT``, always asked
+    for. Of other shapes there are mostly none to two, which are asked for less often (``ASKED``),
+    lest every number is learned to be one of these.
     """
     asked = [_where_question(rng, items, True) for _ in range(2)]
     plain = _plain_questions(items)
     asked += rng.sample(plain, min(1, len(plain)))
-    asked += [_count_question(rng, items, *counted, True)] if counted else []
-    for level in ("both", "shape", "colour") * 3:
+    asked += [_count_question(rng, items, *one, True) for one in counted]
+    for level in ("both", "shape", "colour") * 4:
         seen = rng.random() < 0.75 and items
         some = rng.choice(items) if seen else None
         target = (some.colour, some.shape) if some else _name(rng)
