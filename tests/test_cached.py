@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections import Counter
@@ -295,6 +296,23 @@ def test_tuning_lowers_the_loss(start: Callable[[str], CachedRun]) -> None:
     lines = list(run.tune(12 * 400 / 60 - 1, 1e9, LR))
     losses = [float(line.split()[3]) for line in lines]
     assert len(losses) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.03
+
+
+def test_a_row_weighs_the_same_however_many_there_are(
+    start: Callable[[str], CachedRun],
+) -> None:
+    run, gradients = start("weighed"), []
+    for copies in (1, 3):
+        run.student.zero_grad()
+        draw = torch.Generator().manual_seed(0)
+        rows, _ = run.lessons.stored(run.features, random.Random(3), draw, 1, 4)
+        per_row = ("pixels", "text", "segment", "position", "target", "weight", "places")
+        more = {n: getattr(rows, n).repeat_interleave(copies, 0) for n in per_row}
+        run._learn(dataclasses.replace(rows, **more))
+        gradients.append([p.grad.clone() for p in run.student.projector.values()])
+    for one, three in zip(*gradients, strict=True):
+        assert one.abs().max() > 1e-4
+        torch.testing.assert_close(three, 3 * one, rtol=1e-3, atol=1e-5)
 
 
 def test_alignment_is_done_once(

@@ -313,15 +313,16 @@ class CachedRun:
         rng = random.Random(f"{self.seed} {self.step}")
         draw = torch.Generator().manual_seed(rng.randrange(2**31))
         optimizer.zero_grad()
-        some = self.lessons.stored(self.features, rng, draw, self.stored, stride)
-        losses = {"stored": self._learn(*some)}
+        rows, ranked = self.lessons.stored(self.features, rng, draw, self.stored, stride)
+        losses = {"stored": self._learn(rows, ranked)}
         taught: list[tuple[Naming, int]] = [(self.names, self.shapes), (self.reading, self.words)]
         for naming, size in taught:
             if size:
                 shown = rng, draw, size, SHOWN[stride]
                 rows, covered = self.lessons.drawn(self.student, naming, *shown)
                 losses[naming.scene] = self._learn(rows)
-                (NAME_WEIGHT * naming.loss(self.student, covered)).backward()
+                named = NAME_WEIGHT * naming.loss(self.student, covered)
+                (self._part(rows) * named).backward()
         if self.clips:
             few = min(2 * stride, 4)
             filmed = self.lessons.filmed(self.features, rng, draw, self.clips, few)
@@ -334,14 +335,20 @@ class CachedRun:
         """Add the gradients of these rows; their loss.
 
         Of ranked rows the first caption has to be likelier than the others, those of other photos.
+        A loss is a mean over its rows, so it counts as its part of the step: one row of words has
+        as large a gradient as eleven of shapes.
         """
         logp, _, asked = self.student(rows)
         weight = rows.weight.flatten()[asked]
         loss = -(logp * weight).sum() / weight.sum()
         if ranked is not None:
             loss = loss + RANK_WEIGHT * rank_loss(rows, logp, asked, ranked)
-        loss.backward()
+        (self._part(rows) * loss).backward()
         return float(loss.detach())
+
+    def _part(self, rows: Rows) -> float:
+        """Of all rows of a step."""
+        return len(rows.text) / (self.stored + self.shapes + self.clips + self.words)
 
     def _check(self) -> None:
         scores, first = {}, 0
