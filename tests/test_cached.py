@@ -209,7 +209,8 @@ def start(
 ) -> Callable[[str], CachedRun]:
     """A run in the folder of that name: 12 photos and 3 pictures, already encoded."""
     data = miniature.photo_folder(tmp_path / "data", SAID, "train")
-    spoken = [c for five in SAID for c in five] + [*ASKED, "red circle yes no user assistant"]
+    names = " ".join(word for kind in Names.KINDS for word in kind)
+    spoken = [c for five in SAID for c in five] + [*ASKED, names, "yes no user assistant"]
     spoken += [mix.question(t) for t in mix.things()[:60]] + [mix.CAPTION_QUESTION]
     clock = Clock()
     update = CachedRun._update
