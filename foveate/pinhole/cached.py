@@ -335,8 +335,8 @@ class CachedRun:
         """Add the gradients of these rows; their loss.
 
         Of ranked rows the first caption has to be likelier than the others, those of other photos.
-        A loss is a mean over its rows, so it counts as its part of the step: one row of words has
-        as large a gradient as eleven of shapes.
+        A loss is a mean over its rows, and is weighted by their part of the step: else one row of
+        words would count as much as eleven of shapes.
         """
         logp, _, asked = self.student(rows)
         weight = rows.weight.flatten()[asked]
