@@ -347,7 +347,7 @@ class CachedRun:
         return float(loss.detach())
 
     def _part(self, rows: Rows) -> float:
-        """Of all rows of a step."""
+        """What part these are of all rows of a step."""
         return len(rows.text) / (self.stored + self.shapes + self.clips + self.words)
 
     def _check(self) -> None:
