@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from foveate.pinhole import mix
 from foveate.tasks import Example, easyvqa, names, scenes, task
 from foveate.tasks.example import matches
 from foveate.tasks.lexicon import things, words
@@ -77,6 +78,24 @@ def test_yes_and_no_follow_the_captions_and_are_balanced(name: str, folder: Path
         asked[noun[2], example.answer] += 1
     assert {noun for noun, _ in asked} == set(NOUNS)
     assert all(asked[noun, "yes"] == asked[noun, "no"] > 0 for noun in NOUNS)
+
+
+def test_pinhole_is_trained_on_yes_and_no_of_the_same_weight(folder: Path) -> None:
+    """Of each thing: the question alone must tell nothing, though "no" is asked more often."""
+    lessons, rng = mix.PhotoRows(photos(folder, "validation")), random.Random(0)
+    asked: dict[tuple[str, str], list[float]] = {}
+    for _ in range(2000):
+        row = lessons.row(rng)
+        for one in row.segments:
+            noun = re.search(rf"\b({'|'.join(NOUNS)})\b.*\?$", one.question)
+            if noun:
+                shown = " ".join(captions()[row.index])
+                assert (noun[1] in shown) == (one.answer == "yes")
+                asked.setdefault((noun[1], one.answer), []).append(one.weight)
+    for noun in NOUNS:
+        yes, no = asked[noun, "yes"], asked[noun, "no"]
+        assert len(no) / len(yes) == pytest.approx(mix.NEGATIVES, rel=0.15)
+        assert sum(no) / sum(yes) == pytest.approx(1, rel=0.15)
 
 
 def test_a_photo_that_may_show_it_is_not_asked_about(tmp_path: Path) -> None:

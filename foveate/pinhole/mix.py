@@ -1,7 +1,7 @@
 """What pinhole is trained on: rows of packed questions about photos, shapes and drawn scenes.
 
 Yes and no are balanced for every thing asked about, in expectation over photos: a thing's negatives
-are sampled exactly as often as its positives, half of them from photos where it would be likely.
+weigh together what its positives do, half of them from photos where it would be likely.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ CAPTION_ASKS = (
 OPEN_ASKS = ("What is in the image?", "What can you see in the image?", "What do you see?")
 RANKED = 4
 TEXT = 252
-END_WEIGHT, CAPTION_WEIGHT, WORD_WEIGHT = 0.3, 0.3, 2.0
+END_WEIGHT, CAPTION_WEIGHT, WORD_WEIGHT = 0.3, 0.1, 2.0
+NEGATIVES = 2  # for each positive, where so many photos lack the thing
 SHARES = {"photo": 0.45, "words": 0.24, "shapes": 0.16, "easy": 0.15}
 
 
@@ -125,6 +126,7 @@ class PhotoRows:
         table = np.array(Labels.of(self.captions).table)
         self.shown = table == 1
         self.yes, self.no = _rates(table)
+        self.no_weight = self.yes.sum(0) / np.maximum(self.no.sum(0), 1e-9)
 
     def row(self, rng: random.Random) -> Row:
         i = rng.randrange(len(self.captions))
@@ -147,10 +149,10 @@ class PhotoRows:
 
     def _yes_no(self, i: int, rng: random.Random) -> list[Segment]:
         draw = np.array([rng.random() for _ in range(self.yes.shape[1])])
-        found = [(t, "yes") for t in np.flatnonzero(draw < self.yes[i])]
-        found += [(t, "no") for t in np.flatnonzero(draw < self.no[i])]
+        found = [(t, "yes", 1.0) for t in np.flatnonzero(draw < self.yes[i])]
+        found += [(t, "no", self.no_weight[t]) for t in np.flatnonzero(draw < self.no[i])]
         rng.shuffle(found)
-        return [Segment(_ask(things()[t], rng), answer) for t, answer in found[:9]]
+        return [Segment(_ask(things()[t], rng), said, weight) for t, said, weight in found[:9]]
 
 
 def _ask(thing: Thing, rng: random.Random) -> str:
@@ -174,7 +176,7 @@ def _rates(table: Array) -> tuple[Array, Array]:
     joint = shown.T.astype(float) @ shown
     chance = joint / np.maximum(np.diag(joint), 5)[:, None]
     likely = np.where(absent, (shown[:, :, None] * chance[None]).max(1) + 0.01, 0.0)
-    wanted = keep * counts
+    wanted = np.minimum(NEGATIVES * keep * counts, gaps)
     no = 0.5 * absent * wanted / np.maximum(gaps, 1)
     no += 0.5 * likely * wanted / np.maximum(likely.sum(0), 1e-9)
     for _ in range(5):
