@@ -134,6 +134,17 @@ def test_lessons_have_as_many_questions_as_wanted(start: Any) -> None:
         assert all(0 < len(lesson.asked) <= 3 for lesson in drawn)
 
 
+def test_yes_and_no_are_asked_equally_often(tmp_path: Path) -> None:
+    """Though photos' questions are balanced by their weights, which the model's loss leaves out."""
+    nouns = ("dog", "horse", "train", "tent")
+    said = [[f"a {nouns[i % 4]} .", f"the {nouns[i % 4]} ."] for i in range(12)]
+    shown = photos(miniature.photo_folder(tmp_path, said, "train"), "train")
+    drawn = Lessons(shown, Easy()).draw(random.Random(0), 3000)  # type: ignore[arg-type]
+    asked = [s.answer for lesson in drawn for s in lesson.asked if s not in SEGMENTS]
+    assert len(asked) > 1500
+    assert asked.count("yes") / len(asked) == pytest.approx(0.5, abs=0.05)
+
+
 def test_tuning_lowers_the_loss_and_leaves_the_encoder(start: Any) -> None:
     tuning = start("learns")
     tower = tuning._model.model.vision_tower

@@ -137,7 +137,7 @@ class PhotoRows:
             other = self.captions[_other(rng, i, len(self.captions))]
             ranked.append(Segment(CAPTION_QUESTION, sentence(rng.choice(other)), 0.0))
         rest = [Segment(rng.choice(CAPTION_ASKS), sentence(c), CAPTION_WEIGHT) for c in told]
-        asked = self._yes_no(i, rng)
+        asked = self.yes_no(i, rng)
         seen = [things()[t].phrase for t in np.flatnonzero(self.shown[i])]
         if seen and rng.random() < 0.25:
             rng.shuffle(seen)
@@ -147,7 +147,8 @@ class PhotoRows:
         order = (*range(RANKED),)
         return Row("photo", ranked + asked + rest, i, flip=flip, ranked=order)
 
-    def _yes_no(self, i: int, rng: random.Random) -> list[Segment]:
+    def yes_no(self, i: int, rng: random.Random) -> list[Segment]:
+        """Up to nine questions about photo ``i``, balanced only together with their weights."""
         draw = np.array([rng.random() for _ in range(self.yes.shape[1])])
         found = [(t, "yes", 1.0) for t in np.flatnonzero(draw < self.yes[i])]
         found += [(t, "no", self.no_weight[t]) for t in np.flatnonzero(draw < self.no[i])]

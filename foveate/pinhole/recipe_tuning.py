@@ -75,7 +75,9 @@ class Lessons:
             asked = rng.sample(self._easy.by_image[number], len(self._easy.by_image[number]))
             return Lesson(self._easy.task.image(number), tuple(asked[:most]))
         i = rng.randrange(len(self._photos))
-        return Lesson(self._photos.image(i), tuple(self._rows._yes_no(i, rng)[:most]))
+        asked = self._rows.yes_no(i, rng)
+        asked = [one for one in asked if rng.random() < one.weight]  # the model's loss knows none
+        return Lesson(self._photos.image(i), tuple(asked[:most]))
 
 
 def batch(lessons: Sequence[Lesson], writer: Writer) -> dict[str, Any]:
